@@ -1,0 +1,27 @@
+"""One LARS (layer-wise adaptive rate scaling) for every framework.
+
+`lars_update` is the function, `GradientLARS` the gradient hook; the optimizers are
+``larskit.torch.LARS`` and ``larskit.jax.LARS``, loaded on first touch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from larskit.functional import lars_update
+from larskit.hook import GradientLARS
+from larskit.tree import Array, Container
+
+__version__ = "0.1.0"
+__all__ = ["Array", "Container", "GradientLARS", "jax", "lars_update", "torch"]
+
+_FACES = ("torch", "jax")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FACES:
+        return import_module(f"larskit.{name}")
+    raise AttributeError(f"module 'larskit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,5 @@
+"""GradientLARS: rescale gradients before any optimizer's update."""
+
+
+class GradientLARS:
+    """Placeholder."""
