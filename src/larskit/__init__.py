@@ -5,11 +5,14 @@
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from larskit.functional import lars_update
 from larskit.hook import GradientLARS
 from larskit.tree import Array, Container
+
+if TYPE_CHECKING:
+    from larskit import jax, torch
 
 __version__ = "0.1.0"
 __all__ = ["Array", "Container", "GradientLARS", "jax", "lars_update", "torch"]

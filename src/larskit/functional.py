@@ -13,10 +13,8 @@ from larskit.arrays import (
     stop_gradient,
     write,
 )
-from larskit.config import Config, check_lr, number
+from larskit.config import Config, check_lr
 from larskit.tree import dotted, flatten, is_leaf, spread, unflatten, unwrap
-
-_SEED = {"trust_coefficient": 1.0, "momentum": 0.0}
 
 
 class _Leaf(NamedTuple):
@@ -77,8 +75,9 @@ def lars_update(
     Notes
     -----
     With ``decay_lambda=0`` this equals ``ivy.lars_update`` 1.0.0.5, except that there a
-    layer of zeros stays at zero. With a decay ivy computes ``w - (lr/L) * g/|g|``, which
-    drops \\|w\\| and decays nothing; here the decay is the one of the LARS paper.
+    layer of zeros stays at zero. With a decay L ivy computes ``w - (lr/L) * g/|g|``:
+    the length of the weights drops out and nothing is decayed. Here the decay is the
+    one of the LARS paper.
 
     Examples
     --------
@@ -98,9 +97,7 @@ def lars_update(
     leaves = [_checked(*row) for row in rows]
     results = [_moved(leaf, stop_gradients) for leaf in leaves]
     if out is None:
-        wrapped = [
-            leaf.wrap(new) for leaf, new in zip(leaves, results, strict=True)
-        ]
+        wrapped = [leaf.wrap(new) for leaf, new in zip(leaves, results, strict=True)]
         return unflatten(structure, wrapped)
     for leaf, new in zip(leaves, results, strict=True):
         write(leaf.out, new, f"out{leaf.where}")
@@ -117,9 +114,7 @@ def _outs(out: Any, w: Any, paths: list[Any]) -> list[Any]:
     return spread(out, paths, "out")
 
 
-def _checked(
-    path: Any, w: Any, g: Any, lr: Any, decay_lambda: Any, out: Any
-) -> _Leaf:
+def _checked(path: Any, w: Any, g: Any, lr: Any, decay_lambda: Any, out: Any) -> _Leaf:
     """Return one leaf's own arrays, after checking that they fit together."""
     where = f" at {dotted(path)!r}" if path else ""
     w, wrap = unwrap(w)
@@ -167,6 +162,6 @@ def _check_scalar(name: str, value: Any) -> None:
 
 
 def _moved(leaf: _Leaf, stop_gradients: bool) -> Any:
-    config = Config(weight_decay=leaf.decay_lambda, **_SEED)
+    config = Config(trust_coefficient=1.0, momentum=0.0, weight_decay=leaf.decay_lambda)
     new = rule.update(leaf.w, leaf.g, None, leaf.lr, config)[0]
     return stop_gradient(new) if stop_gradients else new

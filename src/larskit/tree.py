@@ -7,7 +7,8 @@ become nodes the first time they are met.
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from textwrap import indent
+from typing import Any, cast
 
 import optree
 
@@ -86,21 +87,25 @@ def _is_container(x: Any) -> bool:
     return isinstance(x, Mapping) or dataclasses.is_dataclass(x)
 
 
-def _register(kind: type) -> None:
+def _register(kind: Any) -> None:
     """Make a mapping or a dataclass a node that its constructor rebuilds."""
     if issubclass(kind, Mapping):
-        optree.register_pytree_node(
-            kind,
-            lambda x: (list(x.values()), tuple(x), tuple(x)),
-            lambda keys, values: kind(dict(zip(keys, values, strict=True))),
-            namespace=NAMESPACE,
-        )
+        _register_node(kind, tuple, lambda x: list(x.values()), kind)
         return
     names = tuple(field.name for field in dataclasses.fields(kind) if field.init)
+    _register_node(
+        kind,
+        lambda x: names,
+        lambda x: [getattr(x, name) for name in names],
+        lambda items: kind(**items),
+    )
+
+
+def _register_node(kind: Any, keys: Any, values: Any, build: Any) -> None:
     optree.register_pytree_node(
         kind,
-        lambda x: ([getattr(x, name) for name in names], None, names),
-        lambda _, values: kind(**dict(zip(names, values, strict=True))),
+        lambda x: (values(x), keys(x), keys(x)),
+        lambda names, new: build(dict(zip(cast(Path, names), new, strict=True))),
         namespace=NAMESPACE,
     )
 
@@ -196,8 +201,8 @@ class Container(dict):
         """Show one item a line."""
         if not self:
             return "Container()"
-        lines = (f"{key}: {value!r}".replace("\n", "\n  ") for key, value in self.items())
-        return "Container(\n  " + ",\n  ".join(lines) + "\n)"
+        lines = ",\n".join(f"{key}: {value!r}" for key, value in self.items())
+        return "Container(\n" + indent(lines, "  ") + "\n)"
 
     def lars_update(
         self,

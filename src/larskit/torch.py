@@ -1,0 +1,363 @@
+"""LARS as a `torch.optim.Optimizer`."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+try:
+    import torch
+except ModuleNotFoundError as why:
+    raise ImportError(
+        "larskit.torch needs PyTorch, which is not installed: "
+        "pip install 'larskit[torch]'"
+    ) from why
+
+from torch import Tensor
+
+from larskit import config as _config
+from larskit.arrays import check_floating
+from larskit.config import Config, Denominator, LrPlacement, OnNonfinite, check_lr
+from larskit.engines import foreach as _foreach
+from larskit.engines import reference as _reference
+from larskit.rule import Lengths
+from larskit.select import Selection, check_matched, select
+
+__all__ = ["LARS", "param_groups"]
+
+_LATER = {
+    "on_nonfinite": "propagate",
+    "fused": None,
+    "carry_norms": False,
+    "capturable": False,
+    "differentiable": False,
+    "master_weights": False,
+}
+_PER_LAYER = ("adapt", "decay")
+_PER_GROUP = tuple(
+    name for name in _config.NAMES if name not in (*_PER_LAYER, "zero_guard")
+)
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling.
+
+    A layer is one parameter tensor. It moves by ``lr * trust_coefficient * |w|``,
+    whatever the size of its gradient; see `larskit.rule` for the formula.
+
+    Parameters
+    ----------
+    params : iterable of Tensor, of (name, Tensor) pairs, or of dict
+        Parameters or groups of them; `param_groups` makes groups of a model.
+    lr : float or 0-d Tensor
+        Learning rate, at least 0. With the default trust coefficient good rates are
+        about a hundred times those of SGD, 1 to 30.
+    momentum, weight_decay, trust_coefficient, eps
+        See `larskit.config.Config`, as for the keywords down to `threshold`.
+    denominator : {"paper", "decayed_gradient", "gradient", "momentum"}
+        What the length of a layer is divided by.
+    lr_placement : {"inside", "outside"}
+        Whether the rate multiplies what enters the momentum buffer or what leaves it.
+        Most PyTorch implementations have it outside.
+    nesterov, dampening, clip, threshold
+        Nesterov's momentum, dampening of the buffer, LARC's clipping of the ratio, and
+        the length up to which a layer is not adapted.
+    adapt, decay : None, bool, pattern, sequence of patterns, or callable
+        Which layers get a trust ratio and which are decayed. None (default): those of
+        two or more dimensions. True: all. False: none. A name pattern (`fnmatch`, or a
+        compiled expression), or a callable ``(name, tensor) -> bool``, both for
+        parameters that come with names. A layer that is not adapted steps at the raw
+        learning rate.
+    maximize : bool
+        Climb instead of descend.
+    foreach : bool, optional
+        True: work on lists of tensors; False: tensor by tensor, by the reference
+        engine. None (default): lists where all are plain tensors.
+    on_nonfinite, fused, carry_norms, capturable, differentiable, master_weights
+        Reserved. Anything but the default is refused.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For a hyper-parameter out of range, or a name pattern that matches nothing.
+    NotImplementedError
+        For what this version does not have.
+
+    Notes
+    -----
+    ``p.grad`` is never changed, and `step` never waits for the device. Everything but
+    the reserved arguments can differ between parameter groups. The state of a
+    parameter is its ``momentum_buffer``.
+
+    References
+    ----------
+    Y. You, I. Gitman, B. Ginsburg, "Large Batch Training of Convolutional Networks",
+    arXiv 1708.03888, 2017.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(4, 2)
+    >>> optimizer = LARS(model.parameters(), lr=2.0, weight_decay=1e-4)
+    >>> model(torch.ones(1, 4)).sum().backward()
+    >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        momentum: float = Config.momentum,
+        weight_decay: float = Config.weight_decay,
+        trust_coefficient: float = Config.trust_coefficient,
+        eps: float = Config.eps,
+        *,
+        denominator: Denominator = Config.denominator,
+        lr_placement: LrPlacement = Config.lr_placement,
+        nesterov: bool = Config.nesterov,
+        dampening: float = Config.dampening,
+        clip: bool = Config.clip,
+        threshold: float = Config.threshold,
+        adapt: Selection = None,
+        decay: Selection = None,
+        maximize: bool = Config.maximize,
+        on_nonfinite: OnNonfinite = "propagate",
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        carry_norms: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        master_weights: bool = False,
+    ) -> None:
+        """Check the arguments and resolve which layers are adapted and decayed."""
+        given = locals()
+        defaults = {
+            name: given[name]
+            for name in ("lr", *_PER_GROUP, *_PER_LAYER, "foreach", *_LATER)
+        }
+        self._last: list[_Bucket] = []
+        super().__init__(params, defaults)
+        for name in _PER_LAYER:
+            selected = [any(group[name]) for group in self.param_groups]
+            check_matched(defaults[name], selected, name)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after checking it; `adapt` and `decay` become tuples of bools."""
+        full = {**self.defaults, **param_group}
+        _check_group(full)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_parameters(group["params"])
+            names = group.get("param_names")
+            for name in _PER_LAYER:
+                selected = select(full[name], names, group["params"], name)
+                if name in param_group:
+                    check_matched(full[name], selected, name)
+                group[name] = selected
+        except (TypeError, ValueError, NotImplementedError):
+            self.param_groups.pop()
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a pickled or loaded state; what an older one lacks gets its default."""
+        super().__setstate__(state)
+        self._last = []
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                if name in _PER_LAYER:
+                    value = select(None, None, group["params"], name)
+                group.setdefault(name, value)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move every parameter that has a gradient.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Clears the gradients, computes them anew and returns the loss; runs first.
+
+        Returns
+        -------
+        float or Tensor, optional
+            What the closure returned.
+
+        Raises
+        ------
+        RuntimeError
+            For a sparse gradient; nothing has moved then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        buckets = [
+            bucket
+            for i, group in enumerate(self.param_groups)
+            for bucket in self._buckets(i, group)
+        ]
+        for bucket in buckets:
+            self._step_bucket(bucket)
+        self._last = buckets
+        return loss
+
+    def lengths(self) -> dict[str, Lengths]:
+        """Return what the last step measured of each layer.
+
+        Returns
+        -------
+        dict of str to Lengths
+            By parameter name, or ``"group.index"`` where parameters came without names:
+            floats ``weight`` (the length before the step), ``denominator``, ``ratio``.
+            Empty before the first step. This waits for the device.
+        """
+        found = {}
+        for bucket in self._last:
+            rows = zip(*(column.tolist() for column in bucket.lengths), strict=True)
+            found.update(zip(bucket.names, map(Lengths._make, rows), strict=True))
+        return found
+
+    def _buckets(self, index: int, group: dict[str, Any]) -> "Iterable[_Bucket]":
+        """Sort the parameters of a group into lists that one engine call can step."""
+        check_lr(group["lr"])
+        config = Config(**{name: group[name] for name in _PER_GROUP})
+        buckets: dict[Any, _Bucket] = {}
+        names = group.get("param_names") or [
+            f"{index}.{i}" for i in range(len(group["params"]))
+        ]
+        rows = zip(names, group["params"], group["adapt"], group["decay"], strict=True)
+        for name, p, adapt, decay in rows:
+            if p.grad is None:
+                continue
+            if p.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"the gradient of {name!r} is sparse ({p.grad.layout}); LARS needs "
+                    "the length of the whole layer: use dense gradients "
+                    "(sparse=False)"
+                )
+            key = p.device, p.dtype, p.grad.dtype, adapt, decay
+            if key not in buckets:
+                bucket_config = replace(config, adapt=adapt, decay=decay)
+                buckets[key] = _Bucket(bucket_config, group["lr"], group["foreach"])
+            buckets[key].add(name, p, self.state.get(p, {}).get("momentum_buffer"))
+        return buckets.values()
+
+    def _step_bucket(self, bucket: "_Bucket") -> None:
+        buffers = bucket.buffers
+        bucket.lengths = bucket.engine().step_(
+            [p.detach() for p in bucket.params],
+            [p.grad for p in bucket.params],
+            buffers,
+            bucket.lr,
+            bucket.config,
+        )
+        for p, buffer in zip(bucket.params, buffers, strict=True):
+            if buffer is not None:
+                self.state[p]["momentum_buffer"] = buffer
+        bucket.params, bucket.buffers = [], []
+
+
+@dataclass
+class _Bucket:
+    """Layers of one device, dtype and kind, and what a step measured of them."""
+
+    config: Config
+    lr: Any
+    foreach: bool | None
+    names: list[str] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    buffers: list[Tensor | None] = field(default_factory=list)
+    lengths: Any = None
+
+    def add(self, name: str, p: Tensor, buffer: Tensor | None) -> None:
+        self.names.append(name)
+        self.params.append(p)
+        self.buffers.append(buffer)
+
+    def engine(self) -> Any:
+        plain = {torch.Tensor, torch.nn.Parameter}
+        lists = self.foreach
+        if lists is None:
+            lists = all(type(p) in plain for p in self.params)
+        return _foreach if lists else _reference
+
+
+def param_groups(
+    model: torch.nn.Module,
+    *,
+    weight_decay: float | None = None,
+    adapt: Selection = None,
+    decay: Selection = None,
+    excluded_lr: float | None = None,
+) -> list[dict[str, Any]]:
+    """Split a model's parameters into groups by whether they are adapted and decayed.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Its parameters that require gradients are taken, each once.
+    weight_decay : float, optional
+        For the layers that are decayed; None leaves it to the optimizer.
+    adapt, decay : None, bool, pattern, sequence of patterns, or callable
+        As in `LARS`.
+    excluded_lr : float, optional
+        The learning rate of the layers that are not adapted. The rates of LARS, 1 to
+        30, are large for a bias.
+
+    Returns
+    -------
+    list of dict
+        For `LARS`, with named parameters; at most four, none empty.
+
+    Examples
+    --------
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    >>> groups = param_groups(model, adapt="0.weight", excluded_lr=0.1)
+    >>> [(group["adapt"], len(group["params"])) for group in groups]
+    [(True, 1), (False, 3)]
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that requires a gradient"
+        )
+    names, tensors = zip(*named, strict=True)
+    flags = []
+    for what, selection in (("adapt", adapt), ("decay", decay)):
+        selected = select(selection, names, tensors, what)
+        check_matched(selection, selected, what)
+        flags.append(selected)
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for pair, adapted, decayed in zip(named, *flags, strict=True):
+        own: dict[str, Any] = {"params": [], "adapt": adapted, "decay": decayed}
+        if weight_decay is not None:
+            own["weight_decay"] = weight_decay
+        if excluded_lr is not None and not adapted:
+            own["lr"] = excluded_lr
+        groups.setdefault((adapted, decayed), own)["params"].append(pair)
+    return list(groups.values())
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    check_lr(group["lr"])
+    Config(**{name: group[name] for name in _PER_GROUP})
+    _config.choice("on_nonfinite", group["on_nonfinite"], OnNonfinite)
+    if group["foreach"] and group["fused"]:
+        raise RuntimeError(
+            "foreach=True and fused=True demand two engines: leave one of them None"
+        )
+    for name, allowed in _LATER.items():
+        if group[name] not in (allowed, False):
+            raise NotImplementedError(
+                f"{name}={group[name]!r} is not in this version of larskit: pass "
+                f"{name}={allowed!r}"
+            )
+
+
+def _check_parameters(params: list[Tensor]) -> None:
+    for i, p in enumerate(params):
+        check_floating(p, f"parameter {i}")
+        if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
+            raise NotImplementedError(
+                f"parameter {i} is a DTensor: the length of a sharded layer is not in "
+                "this version of larskit; use DistributedDataParallel"
+            )
