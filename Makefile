@@ -1,0 +1,45 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: run test test-all environments lint format bench clean
+
+run: .venv/app  ## the study that shows the point, then one full training
+	$(BIN)/larskit study --out runs/study
+	$(BIN)/larskit train --best-of runs/study --out runs/train
+
+test: .venv/dev environments  ## every test but the slow ones, offline
+	PIP_NO_INDEX=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: .venv/dev environments  ## every test
+	PIP_NO_INDEX=1 $(BIN)/python -m pytest $(ARGS)
+
+environments: .venv/dev  ## the seeds' own environments, in the user's cache folder
+	$(BIN)/python tests/interop/environments.py
+
+lint: .venv/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: .venv/dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: .venv/dev
+	$(BIN)/python benchmarks/torch_step.py
+
+clean:
+	rm -rf .venv build dist runs .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --upgrade pip
+
+.venv/app: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[app]'
+	touch $@
+
+.venv/dev: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[all]' --group dev
+	touch .venv/app $@

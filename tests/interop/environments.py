@@ -1,0 +1,64 @@
+"""Make the virtual environments of the three seeds, and keep them for the next time.
+
+They lie in the user's cache folder under a name that holds a digest of what they
+require, so that another clone finds them again. Run as a script, this makes them all.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+REQUIREMENTS = Path(__file__).parent / "requirements"
+SEEDS = ("brainpy", "chainer", "ivy")
+NEWEST_PYTHON = {"chainer": (3, 11)}
+
+
+def python(seed: str) -> Path:
+    """Return the interpreter of a seed's environment, made or not."""
+    return _folder(seed) / "bin" / "python"
+
+
+def unsupported(seed: str) -> str | None:
+    """Say why this machine's Python cannot host a seed; None where it can."""
+    newest = NEWEST_PYTHON.get(seed)
+    if newest and sys.version_info[:2] > newest:
+        return f"{seed} needs Python {newest[0]}.{newest[1]} or older"
+    return None
+
+
+def make(seed: str) -> None:
+    """Install a seed's requirements, and then what must come without its own."""
+    folder = _folder(seed)
+    if _complete(seed).exists():
+        return
+    print(f"making the environment of {seed} in {folder}", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    for file, *options in (
+        (f"{seed}.txt",),
+        (f"{seed}.no-deps.txt", "--no-deps", "--no-build-isolation"),
+    ):
+        if (REQUIREMENTS / file).exists():
+            pip = [python(seed), "-m", "pip", "install", "--quiet", *options]
+            subprocess.run([*pip, "-r", REQUIREMENTS / file], check=True)
+    _complete(seed).touch()
+
+
+def _folder(seed: str) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256(sys.version.encode())
+    for file in sorted(REQUIREMENTS.glob(f"{seed}.*")):
+        digest.update(file.read_bytes())
+    return cache / "larskit" / "environments" / f"{seed}-{digest.hexdigest()[:16]}"
+
+
+def _complete(seed: str) -> Path:
+    return _folder(seed) / "complete"
+
+
+if __name__ == "__main__":
+    for name in SEEDS:
+        print(unsupported(name) or make(name) or f"{name}: {python(name)}")

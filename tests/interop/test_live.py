@@ -1,0 +1,42 @@
+"""Run larskit inside the real seed packages, each in an environment of its own."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import environments
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CLEAN = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(("PYTEST_", "COV_"))
+}
+
+
+@pytest.mark.parametrize("seed", environments.SEEDS)
+def test_live(seed: str) -> None:
+    why = environments.unsupported(seed)
+    if why and not os.environ.get("LARSKIT_REQUIRE_LIVE"):
+        pytest.skip(why)
+    assert environments.python(seed).exists(), (
+        f"{seed} has no environment: `make environments` makes it"
+    )
+    done = subprocess.run(
+        [
+            *(environments.python(seed), "-m", "pytest", "-q", "-ra"),
+            *("-p", "no:cacheprovider", "-o", "filterwarnings=default"),
+            f"tests/interop/live/test_live_{seed}.py",
+        ],
+        cwd=ROOT,
+        env={**CLEAN, "PYTHONPATH": str(ROOT / "src"), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^\d+ passed( in|, \d+ warnings? in)", done.stdout, re.M), (
+        f"{seed} did not run every test:\n{done.stdout}"
+    )

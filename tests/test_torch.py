@@ -1,0 +1,433 @@
+"""larskit.torch: LARS as a torch optimizer, and the groups of a model."""
+
+import copy
+import io
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import larskit
+from larskit import rule
+from larskit.config import Config
+from larskit.torch import LARS, param_groups
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+    )
+
+
+def backward(net, seed=0):
+    x = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+    net.zero_grad()
+    net(x).square().mean().backward()
+
+
+def weights(net):
+    return [p.detach().clone() for p in net.parameters()]
+
+
+ENGINES = [{"foreach": True}, {"foreach": False, "fused": False}, {}]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_decay": 0.01, "momentum": 0.5, "nesterov": True},
+        {"denominator": "decayed_gradient", "lr_placement": "outside"},
+        {"denominator": "momentum", "lr_placement": "outside", "dampening": 0.9},
+        {"clip": True, "trust_coefficient": 0.02, "eps": 1e-8},
+        {"maximize": True, "threshold": 1.0, "momentum": 0.0},
+        {"adapt": True, "decay": False, "weight_decay": 0.1},
+    ],
+    ids=str,
+)
+def test_steps_follow_the_rule(engine, options):
+    net = model()
+    optimizer = LARS(net.parameters(), lr=1.0, **engine, **options)
+    own = {k: v for k, v in options.items() if k not in ("adapt", "decay")}
+    expected = [(w, None) for w in weights(net)]
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = lr = 1.0 / (1 + step)
+        backward(net, step)
+        for i, p in enumerate(net.parameters()):
+            flags = {
+                name: p.ndim >= 2 if options.get(name) is None else options[name]
+                for name in ("adapt", "decay")
+            }
+            config = Config(**own, **flags)
+            expected[i] = rule.update(*cut(expected[i], p.grad), lr, config)[:2]
+        optimizer.step()
+    for p, (w, _) in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.detach(), w, rtol=1e-5, atol=1e-6)
+
+
+def cut(pair, g):
+    w, v = pair
+    return w, g, v
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_gradients_keep_their_bits_and_identity(engine):
+    net = model()
+    optimizer = LARS(net.parameters(), 1.0, weight_decay=0.1, **engine)
+    for step in range(3):
+        backward(net, step)
+        before = [(p.grad, p.grad.clone()) for p in net.parameters()]
+        optimizer.step()
+        for p, (same, bits) in zip(net.parameters(), before, strict=True):
+            assert p.grad is same
+            assert torch.equal(same, bits)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_state_is_one_buffer_of_the_parameters_own_kind(engine):
+    net = model().to(torch.bfloat16)
+    optimizer = LARS(net.parameters(), 1.0, **engine)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p in net.parameters():
+        assert list(optimizer.state[p]) == ["momentum_buffer"]
+        buffer = optimizer.state[p]["momentum_buffer"]
+        assert (buffer.dtype, buffer.shape) == (p.dtype, p.shape)
+    without = LARS(net.parameters(), 1.0, momentum=0.0, **engine)
+    without.step()
+    assert not without.state
+
+
+def test_the_first_buffer_is_the_step_and_not_the_raw_gradient():
+    p = nn.Parameter(torch.full((2, 2), 3.0))
+    p.grad = torch.full((2, 2), 1e6)
+    optimizer = LARS([p], lr=2.0, dampening=0.5)
+    optimizer.step()
+    buffer = optimizer.state[p]["momentum_buffer"]
+    torch.testing.assert_close(buffer, torch.full((2, 2), 2.0 * 1e-3 * 3.0))
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_a_step_never_waits_for_the_device(foreach):
+    p = nn.Parameter(torch.empty(4, 4, device="meta"))
+    q = nn.Parameter(torch.empty(4, device="meta"))
+    lr = torch.tensor(1.0, device="meta")
+    optimizer = LARS([p, q], lr, weight_decay=0.1, clip=True, foreach=foreach)
+    for _ in range(2):
+        p.grad, q.grad = torch.empty_like(p), torch.empty_like(q)
+        optimizer.step()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        optimizer.lengths()
+
+
+def test_closures_run_first_and_with_gradients():
+    net = model()
+    optimizer = LARS(net.parameters(), 1.0)
+    seen = []
+
+    def closure():
+        seen.append(torch.is_grad_enabled())
+        backward(net)
+        return torch.tensor(7.0)
+
+    before = weights(net)
+    assert optimizer.step(closure).item() == 7.0
+    assert seen == [True]
+    assert not torch.equal(before[0], weights(net)[0])
+
+
+def test_a_closure_that_fails_changes_nothing():
+    net = model()
+    optimizer = LARS(net.parameters(), 1.0)
+    backward(net)
+    before = weights(net)
+
+    def closure():
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        optimizer.step(closure)
+    assert all(map(torch.equal, before, weights(net)))
+    assert not optimizer.state
+
+
+def test_parameters_without_gradients_are_skipped():
+    net = model()
+    optimizer = LARS(net.parameters(), 1.0)
+    backward(net)
+    net[0].weight.grad = None
+    before = weights(net)
+    optimizer.step()
+    after = weights(net)
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[-2], after[-2])
+    assert net[0].weight not in optimizer.state
+    backward(net, 1)
+    optimizer.step()
+    assert "momentum_buffer" in optimizer.state[net[0].weight]
+
+
+def test_sparse_gradients_are_refused_before_anything_moves():
+    dense = nn.Parameter(torch.ones(3, 2))
+    table = nn.Embedding(5, 2, sparse=True)
+    optimizer = LARS([dense, table.weight], 1.0)
+    table(torch.tensor([1])).sum().backward()
+    dense.grad = torch.ones(3, 2)
+    with pytest.raises(RuntimeError, match=r"gradient of '0.1' is sparse.*dense"):
+        optimizer.step()
+    assert torch.equal(dense.detach(), torch.ones(3, 2))
+    assert not optimizer.state
+
+
+def test_everything_can_differ_between_groups():
+    a, b = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    own = {
+        "lr": 4.0,
+        "trust_coefficient": 0.25,
+        "momentum": 0.0,
+        "denominator": "gradient",
+        "lr_placement": "outside",
+        "adapt": True,
+    }
+    optimizer = LARS([{"params": [a]}, {"params": [b], **own}], lr=1.0)
+    a.grad, b.grad = torch.ones(2, 2), torch.ones(2, 2)
+    optimizer.step()
+    torch.testing.assert_close(a.detach(), torch.full((2, 2), 0.999))
+    torch.testing.assert_close(b.detach(), torch.zeros(2, 2))
+    assert optimizer.param_groups[1]["adapt"] == (True,)
+
+
+def test_torch_schedulers_drive_it():
+    net = model()
+    optimizer = LARS(net.parameters(), lr=8.0)
+    scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, 4, power=2)
+    for step in range(4):
+        backward(net, step)
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.0
+    before = weights(net)
+    optimizer.param_groups[0]["momentum"] = 0.0
+    optimizer.step()
+    assert all(map(torch.equal, before, weights(net)))
+
+
+@pytest.mark.parametrize("way", ["weights_only", "deepcopy", "pickle"])
+def test_a_restored_optimizer_goes_on_bit_for_bit(way):
+    net = model()
+    optimizer = LARS(net.named_parameters(), 1.0, weight_decay=1e-2, adapt="*.weight")
+    for step in range(2):
+        backward(net, step)
+        optimizer.step()
+    twin = copy.deepcopy(net)
+    if way == "weights_only":
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        other = LARS(twin.named_parameters(), 0.1, adapt=True)
+        other.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        copies = copy.deepcopy if way == "deepcopy" else lambda x: pickle.loads(
+            pickle.dumps(x)
+        )
+        twin, other = copies((net, optimizer))
+    assert other.param_groups[0]["adapt"] == optimizer.param_groups[0]["adapt"]
+    for step in range(2, 5):
+        for some, optim in ((net, optimizer), (twin, other)):
+            backward(some, step)
+            optim.step()
+    assert all(map(torch.equal, weights(net), weights(twin)))
+
+
+def test_a_checkpoint_of_sgd_loads_with_our_defaults():
+    net = model()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.8)
+    backward(net)
+    sgd.step()
+    optimizer = LARS(net.parameters(), 1.0)
+    optimizer.load_state_dict(sgd.state_dict())
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"]) == (0.5, 0.8)
+    assert group["adapt"] == tuple(p.ndim >= 2 for p in net.parameters())
+    optimizer.step()
+
+
+def test_grad_scaler_unscales_before_the_norms():
+    nets = [model(), model()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    plain, scaled = (LARS(net.parameters(), 1.0) for net in nets)
+    backward(nets[0])
+    plain.step()
+    x = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    scaler.scale(nets[1](x).square().mean()).backward()
+    scaler.step(scaled)
+    for a, b in zip(*map(weights, nets), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_lengths_of_the_last_step():
+    net = model()
+    optimizer = LARS(net.named_parameters(), 1.0, trust_coefficient=0.1)
+    assert optimizer.lengths() == {}
+    backward(net)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer.step()
+    found = optimizer.lengths()
+    assert sorted(found) == sorted(before)
+    for name, p in net.named_parameters():
+        w, g, ratio = found[name]
+        assert w == pytest.approx(before[name].norm().item(), rel=1e-6)
+        assert g == pytest.approx(p.grad.norm().item(), rel=1e-6)
+        assert ratio == pytest.approx(0.1 * w / g if p.ndim > 1 else 1.0)
+    unnamed = LARS(net.parameters(), 1.0)
+    unnamed.step()
+    assert set(unnamed.lengths()) == {f"0.{i}" for i in range(6)}
+
+
+ARGUMENTS = [
+    ({"lr": -1.0}, ValueError, "lr must be a finite number of at least 0, got -1.0"),
+    ({"momentum": 1.5}, ValueError, "momentum must be at least 0 and below 1"),
+    ({"nesterov": True, "momentum": 0.0}, ValueError, "nesterov=True needs a momentum"),
+    ({"denominator": "lamb"}, ValueError, "denominator must be one of"),
+    ({"on_nonfinite": "hide"}, ValueError, "on_nonfinite must be one of"),
+    ({"foreach": True, "fused": True}, RuntimeError, "foreach=True and fused=True"),
+    ({"fused": True}, NotImplementedError, "fused=True is not in this version"),
+    ({"on_nonfinite": "skip"}, NotImplementedError, "on_nonfinite='skip' is not in"),
+    ({"carry_norms": True}, NotImplementedError, "carry_norms=True is not in this"),
+    ({"capturable": True}, NotImplementedError, "capturable=True is not in this"),
+    ({"differentiable": True}, NotImplementedError, "differentiable=True is not in"),
+    ({"master_weights": True}, NotImplementedError, "master_weights=True is not in"),
+    ({"adapt": "*.weight"}, ValueError, "needs names"),
+    ({"decay": 3}, TypeError, "decay must be None, True, False, a name pattern"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), ARGUMENTS)
+def test_bad_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        LARS([nn.Parameter(torch.ones(2))], **{"lr": 1.0} | options)
+
+
+def test_bad_parameters():
+    integers = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
+    with pytest.raises(TypeError, match="parameter 0 has the dtype int64"):
+        LARS([integers], 1.0)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        LARS([], 1.0)
+    net = model()
+    with pytest.raises(ValueError, match="decay='bn.*' matches no parameter"):
+        LARS(net.named_parameters(), 1.0, decay="bn.*")
+
+
+def test_a_group_that_is_refused_is_not_added():
+    net = model()
+    optimizer = LARS(net[0].named_parameters(), 1.0)
+    extra = dict(net[4].named_parameters(prefix="head"))
+    for bad, message in (
+        ({"momentum": -1.0}, "momentum must be"),
+        ({"adapt": "tail.*"}, "matches no parameter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": list(extra.items()), **bad})
+        assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": list(extra.items()), "adapt": "*.weight"})
+    assert optimizer.param_groups[1]["adapt"] == (True, False)
+
+
+def test_a_hyper_parameter_spoilt_later_is_refused_before_anything_moves():
+    net = model()
+    optimizer = LARS(param_groups(net), 1.0)
+    backward(net)
+    before = weights(net)
+    optimizer.param_groups[-1]["lr"] = float("nan")
+    with pytest.raises(ValueError, match="lr must be a finite number"):
+        optimizer.step()
+    assert all(map(torch.equal, before, weights(net)))
+
+
+def test_mixed_dtypes_in_one_group():
+    p = [nn.Parameter(torch.ones(2, 2, dtype=d)) for d in (torch.half, torch.double)]
+    optimizer = LARS(p, 1.0, trust_coefficient=0.5)
+    for x in p:
+        x.grad = torch.ones_like(x)
+    optimizer.step()
+    for x in p:
+        torch.testing.assert_close(x.detach(), torch.full_like(x, 0.5))
+
+
+class TestParamGroups:
+    """`param_groups` splits a model by what is adapted and what is decayed."""
+
+    def names(self, groups):
+        return {
+            (group["adapt"], group["decay"]): [name for name, _ in group["params"]]
+            for group in groups
+        }
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            (
+                {},
+                {
+                    (True, True): ["0.weight", "4.weight"],
+                    (False, False): ["0.bias", "1.weight", "1.bias", "4.bias"],
+                },
+            ),
+            (
+                {"adapt": re.compile("^4"), "decay": "*.weight"},
+                {
+                    (True, True): ["4.weight"],
+                    (True, False): ["4.bias"],
+                    (False, True): ["0.weight", "1.weight"],
+                    (False, False): ["0.bias", "1.bias"],
+                },
+            ),
+            (
+                {"adapt": True, "decay": lambda name, p: p.numel() > 40},
+                {
+                    (True, True): ["4.weight"],
+                    (True, False): [
+                        "0.weight", "0.bias", "1.weight", "1.bias", "4.bias"
+                    ],
+                },
+            ),
+        ],
+    )  # fmt: skip
+    def test_split(self, options, expected):
+        assert self.names(param_groups(model(), **options)) == expected
+
+    def test_own_rates_reach_the_optimizer(self):
+        groups = param_groups(model(), weight_decay=0.1, excluded_lr=0.01)
+        optimizer = LARS(groups, 2.0)
+        rates = [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+        assert rates == [(2.0, 0.1), (0.01, 0.1)]
+        assert optimizer.param_groups[0]["adapt"] == (True, True)
+        assert optimizer.param_groups[1]["decay"] == (False,) * 4
+
+    def test_frozen_and_shared_parameters(self):
+        net = model()
+        net[0].requires_grad_(False)
+        net.add_module("twin", net[4])
+        assert self.names(param_groups(net)) == {
+            (True, True): ["4.weight"],
+            (False, False): ["1.weight", "1.bias", "4.bias"],
+        }
+
+    @pytest.mark.parametrize("what", ["adapt", "decay"])
+    def test_a_pattern_that_matches_nothing(self, what):
+        with pytest.raises(ValueError, match=f"{what}='head.*' matches no parameter"):
+            param_groups(model(), **{what: "head.*"})
+
+    def test_a_model_without_parameters(self):
+        with pytest.raises(ValueError, match="ReLU has no parameter"):
+            param_groups(nn.ReLU())
+
+
+def test_larskit_torch_is_loaded_on_touch():
+    assert larskit.torch.LARS is LARS
