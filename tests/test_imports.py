@@ -49,8 +49,8 @@ try:
 except ImportError as why:
     print(why)
 """
-    message = f"larskit.{face} needs {named}, which is not installed: "
-    assert python(code) == message + f"pip install 'larskit[{face}]'"
+    message = f"larskit.{face} needs {named}: pip install 'larskit[{face}]'"
+    assert python(code) == message
 
 
 def test_an_unknown_name():

@@ -8,8 +8,7 @@ try:
     import torch
 except ModuleNotFoundError as why:
     raise ImportError(
-        "larskit.torch needs PyTorch, which is not installed: "
-        "pip install 'larskit[torch]'"
+        "larskit.torch needs PyTorch: pip install 'larskit[torch]'"
     ) from why
 
 from torch import Tensor
