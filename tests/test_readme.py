@@ -1,0 +1,37 @@
+"""The code of the README runs, and the tree in it is that of the repository."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_code_runs_in_the_order_it_stands(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 4
+    scope = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+    ratio, kernel = capsys.readouterr().out.split("\n", 1)
+    assert 0 < float(ratio) < 1
+    assert "0.9" in kernel
+
+
+def test_the_tree_names_what_there_is():
+    tree = README.split("## The tree")[1]
+    listed = set(re.findall(r"^  (\w+(?:\.py|/))", tree, re.MULTILINE))
+    package = ROOT / "src" / "larskit"
+    there = {
+        path.name + ("/" if path.is_dir() else "")
+        for path in package.iterdir()
+        if not path.name.startswith("_") and path.name != "py.typed"
+    }
+    assert listed == there
+
+
+def test_links_lead_somewhere():
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        links = re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text())
+        for link in links:
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
