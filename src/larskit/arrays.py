@@ -20,7 +20,8 @@ _WIDE = {
     "complex64": "complex64",
     "complex128": "complex128",
 }
-_SHIMS = ("tensorflow", "paddle")
+_SHIMS = {"tensorflow": ("Tensor", "Variable"), "paddle": ("Tensor",)}
+_FAMILY = {"jaxlib": "jax", "flax": "jax"}
 
 
 def framework(x: Any) -> str:
@@ -35,16 +36,17 @@ def framework(x: Any) -> str:
 @cache
 def _framework(kind: type) -> str:
     roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
-    for known in ("torch", *_SHIMS, "jax", "jaxlib", "numpy", "cupy"):
-        if known in roots:
-            return "jax" if known == "jaxlib" else known
-    return roots[0]
+    roots = [_FAMILY.get(root, root) for root in roots]
+    known = ("torch", *_SHIMS, "jax", "numpy", "cupy")
+    return next((name for name in known if name in roots), roots[0])
 
 
 def is_array(x: Any) -> bool:
-    """Whether `x` is an array of a framework that `namespace` knows."""
-    if framework(x) in _SHIMS:
-        return hasattr(x, "dtype") and hasattr(x, "shape")
+    """Whether `x` is a dense array of a framework that `namespace` knows."""
+    name = framework(x)
+    if name in _SHIMS:
+        kinds = tuple(getattr(sys.modules[name], kind) for kind in _SHIMS[name])
+        return isinstance(x, kinds)
     return array_api_compat.is_array_api_obj(x)
 
 
@@ -63,12 +65,12 @@ def namespace(x: Any) -> Any:
 
 
 def dtype_name(x: Any) -> str:
-    """Name the dtype of `x` as every framework would: ``"float32"``."""
-    return getattr(x.dtype, "name", None) or str(x.dtype).rpartition(".")[2]
+    """Name the dtype of `x` as NumPy would: ``"float32"``."""
+    return getattr(x.dtype, "name", str(x.dtype).rpartition(".")[2]).lower()
 
 
 def check_floating(x: Any, what: str) -> None:
-    """Refuse an array whose dtype LARS cannot step, by name."""
+    """Refuse an array that LARS cannot step, by its dtype or its kind."""
     name = dtype_name(x)
     if name not in _WIDE:
         raise TypeError(
@@ -80,6 +82,12 @@ def check_floating(x: Any, what: str) -> None:
             f"{what} has the dtype {name}, which larskit does not step for "
             f"{framework(x)}: pass its real view"
         )
+    sparse = framework(x) == "torch" and str(x.layout) != "torch.strided"
+    if sparse or isinstance(x, (np.matrix, np.ma.MaskedArray)):
+        raise TypeError(
+            f"{what} is a {type(x).__name__} of a kind that larskit does not step "
+            "(sparse, masked or a matrix): convert it to a dense array"
+        )
 
 
 def widen(x: Any) -> Any:
@@ -89,11 +97,11 @@ def widen(x: Any) -> Any:
 
 def cast(x: Any, name: str) -> Any:
     """Cast `x` to the dtype called `name`; `x` itself where it has it already."""
+    if framework(x) == "numpy":  # its arithmetic makes scalars of 0-d arrays
+        return np.asarray(x).astype(np.dtype(name), copy=False)
     if dtype_name(x) == name:
         return x
     xp = namespace(x)
-    if not hasattr(xp, name) and framework(x) == "numpy":
-        return xp.astype(x, np.dtype(name))  # ml_dtypes' bfloat16
     return xp.astype(x, getattr(xp, name))
 
 
@@ -111,11 +119,11 @@ def scalar(value: Any, like: Any) -> Any:
     """Return `value` ready to multiply `like`: a number as it is, an array 0-d."""
     if not is_array(value):
         return value
+    value = namespace(value).reshape(value, ())
     if framework(value) != framework(like):
         return float(value)
     name = dtype_name(like).replace("complex64", "float32")
-    value = cast(value, name.replace("complex128", "float64"))
-    return namespace(value).reshape(value, ())
+    return cast(value, name.replace("complex128", "float64"))
 
 
 def compiles(x: Any) -> bool:
@@ -139,13 +147,12 @@ def write(out: Any, value: Any, what: str) -> Any:
     Raises
     ------
     TypeError
-        Where `out` cannot be written: JAX arrays, TensorFlow's constant tensors,
-        read-only NumPy arrays.
+        Where `out` cannot be written, see `unwritable`.
     """
     check_writable(out, what)
     name = framework(out)
     if name == "torch":
-        out.copy_(value)
+        (out.detach() if _is_parameter(out) else out).copy_(value)
     elif name == "tensorflow":
         out.assign(value)
     elif name == "paddle":
@@ -155,27 +162,55 @@ def write(out: Any, value: Any, what: str) -> Any:
     return out
 
 
-def check_writable(out: Any, what: str) -> None:
+def check_writable(out: Any, what: str, differentiable: bool = False) -> None:
     """Refuse an array that cannot be written in place, before anything was."""
-    name = framework(out)
+    reason = unwritable(out, differentiable)
+    if reason:
+        raise TypeError(f"{what} {reason}: leave out= away and use the returned value")
+
+
+def unwritable(x: Any, differentiable: bool = False) -> str | None:
+    """Say why `x` cannot be written in place; None where it can.
+
+    A `differentiable` value needs more: what receives it must pass gradients on.
+    """
+    name = framework(x)
     if name == "jax":
-        reason = "is a JAX array, and those are immutable"
-    elif name == "tensorflow" and not hasattr(out, "assign"):
-        reason = "is a constant TensorFlow tensor, only a tf.Variable can be written"
-    elif name == "numpy" and not (isinstance(out, np.ndarray) and out.flags.writeable):
-        reason = "is read-only"
-    else:
-        return
-    raise TypeError(f"{what} {reason}: leave out= away and use the returned value")
+        return "is a JAX array, and those are immutable"
+    if name == "tensorflow" and not hasattr(x, "assign"):
+        return "is a constant TensorFlow tensor, only a tf.Variable can be written"
+    if name == "tensorflow" and differentiable:
+        return "is a tf.Variable, which passes no gradient on to what it was assigned"
+    if name == "numpy" and not (isinstance(x, np.ndarray) and x.flags.writeable):
+        return "is read-only"
+    return _unwritable_tensor(x, differentiable) if name == "torch" else None
+
+
+def _unwritable_tensor(x: Any, differentiable: bool) -> str | None:
+    if x.is_inference() and not sys.modules["torch"].is_inference_mode_enabled():
+        return "is an inference tensor, which only torch.inference_mode() may write"
+    strides = zip(x.stride(), x.shape, strict=True)
+    if any(stride == 0 and size > 1 for stride, size in strides):
+        return "is an expanded view, whose elements share their memory"
+    if differentiable and _is_parameter(x):
+        return "is a leaf that requires gradients, which passes none on"
+    return None
+
+
+def _is_parameter(x: Any) -> bool:
+    return x.requires_grad and x.is_leaf
 
 
 @cache
 def _shim(name: str) -> SimpleNamespace:
-    """Return the few functions that the rule calls, under their array-API names."""
+    """Return the few functions that are called, under their array-API names."""
     xp = sys.modules[name]
-    found = {dtype: getattr(xp, dtype) for dtype in _WIDE if hasattr(xp, dtype)}
-    for same in ("sqrt", "where", "zeros_like", "ones_like", "reshape"):
-        found[same] = getattr(xp, same)
-    found["astype"] = xp.cast
-    found["sum"] = xp.reduce_sum if name == "tensorflow" else xp.sum
-    return SimpleNamespace(**found)
+    tensorflow = name == "tensorflow"
+    same = (*_WIDE, "sqrt", "where", "zeros_like", "ones_like", "reshape")
+    return SimpleNamespace(
+        **{member: getattr(xp, member) for member in same},
+        astype=xp.cast,
+        asarray=xp.convert_to_tensor if tensorflow else xp.to_tensor,
+        sum=xp.reduce_sum if tensorflow else xp.sum,
+        all=xp.reduce_all if tensorflow else xp.all,
+    )

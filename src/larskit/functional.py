@@ -1,30 +1,36 @@
 """The pure faces: `lars_update`, and `init` / `update` with momentum, for any array."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from larskit import rule
 from larskit.arrays import (
+    cast,
     check_floating,
     check_writable,
+    compiles,
     dtype_name,
     framework,
     is_array,
+    namespace,
     stop_gradient,
+    unwritable,
     write,
 )
-from larskit.config import Config, check_lr
-from larskit.tree import dotted, flatten, is_leaf, spread, unflatten, unwrap
-
-
-class _Leaf(NamedTuple):
-    where: str
-    w: Any
-    g: Any
-    lr: Any
-    decay_lambda: Any
-    out: Any
-    wrap: Callable[[Any], Any]
+from larskit.config import Config, Denominator, LrPlacement, check_lr, is_number
+from larskit.select import Selection, check_matched, select
+from larskit.tree import (
+    dotted,
+    flatten,
+    holder,
+    is_leaf,
+    rewrap,
+    spread,
+    unflatten,
+    unwrap,
+)
 
 
 def lars_update(
@@ -46,26 +52,28 @@ def lars_update(
     ----------
     w : array, or any nesting of containers
         Weights. Arrays of NumPy, CuPy, PyTorch, JAX, TensorFlow, Paddle, ivy or of the
-        array API, of any shape, floating or complex. Dictionaries, lists, tuples,
-        named tuples, dataclasses and `Container` nest.
+        array API, of any shape, floating or (but for TensorFlow and Paddle) complex.
+        Dictionaries and other mappings, lists, tuples, named tuples, dataclasses and
+        `Container` nest; None stays None.
     dcdw : like `w`, or one array
-        Derivatives of the cost, of the shape and dtype of the weights. One array serves
-        every leaf.
-    lr : float, 0-d array, or a container of them like `w`
+        Derivatives of the cost, of the framework, shape and dtype of the weights. One
+        array serves every leaf.
+    lr : float, array of one element, or a container of them like `w`
         Learning rate, at least 0.
-    decay_lambda : float, 0-d array, or a container of them like `w`, default=0
+    decay_lambda : float, array of one element, or a container of them, default=0
         Weight decay, at least 0.
     stop_gradients : bool, default=True
         Cut the result off from what it was computed from. If False it can be
-        differentiated in PyTorch, JAX and TensorFlow.
+        differentiated in PyTorch, JAX, TensorFlow and Paddle.
     out : like `w`, optional
-        Receives the result, of the weights' shapes and dtypes; may be `w` itself. JAX
-        arrays cannot be written.
+        Receives the result, of the weights' shapes and dtypes; may be `w` itself or
+        overlap it. JAX arrays and TensorFlow's constants cannot be written, unless a
+        holder (`Array`, ``ivy.Array``) can take up new ones.
 
     Returns
     -------
     like `w`
-        The new weights, or `out`.
+        The new weights in the dtypes of the old, or `out`.
 
     Raises
     ------
@@ -74,6 +82,10 @@ def lars_update(
 
     Notes
     -----
+    A rate that is a number or a NumPy array must be finite and at least 0. The arrays
+    of other frameworks pass unseen: looking at them would wait for their device, or
+    fail while they are traced.
+
     With ``decay_lambda=0`` this equals ``ivy.lars_update`` 1.0.0.5, except that there a
     layer of zeros stays at zero. With a decay L ivy computes ``w - (lr/L) * g/|g|``:
     the length of the weights drops out and nothing is decayed. Here the decay is the
@@ -85,83 +97,299 @@ def lars_update(
     >>> lars_update(np.array([3.0, 4.0]), np.array([0.0, 2.0]), 0.1)
     array([3. , 3.5])
     """
-    paths, weights, structure = flatten(w)
-    outs = [None] * len(paths) if out is None else _outs(out, w, paths)
+    layers = _Layers(w, "w")
     columns = (
-        spread(dcdw, paths, "dcdw"),
-        spread(lr, paths, "lr"),
-        spread(decay_lambda, paths, "decay_lambda"),
-        outs,
+        layers.arrays,
+        layers.like(dcdw, "dcdw"),
+        layers.rates(lr, "lr"),
+        layers.rates(decay_lambda, "decay_lambda"),
     )
-    rows = zip(paths, weights, *columns, strict=True)
-    leaves = [_checked(*row) for row in rows]
-    results = [_moved(leaf, stop_gradients) for leaf in leaves]
+    if out is not None:
+        _check_out(layers, w, out, not stop_gradients)
+    if stop_gradients:
+        columns = ([stop_gradient(x) for x in column] for column in columns)
+    moved = [_moved(*row) for row in zip(*columns, strict=True)]
     if out is None:
-        wrapped = [leaf.wrap(new) for leaf, new in zip(leaves, results, strict=True)]
-        return unflatten(structure, wrapped)
-    for leaf, new in zip(leaves, results, strict=True):
-        write(leaf.out, new, f"out{leaf.where}")
+        return layers.rebuilt(moved)
+    for leaf, new in zip(spread(out, layers.paths, "out"), moved, strict=True):
+        _store(leaf, new, not stop_gradients)
     return out
 
 
-def _outs(out: Any, w: Any, paths: list[Any]) -> list[Any]:
+def _moved(w: Any, g: Any, lr: Any, decay_lambda: Any) -> Any:
+    config = Config(trust_coefficient=1.0, momentum=0.0, weight_decay=decay_lambda)
+    return rule.update(w, g, None, lr, config)[0]
+
+
+def _check_out(layers: "_Layers", w: Any, out: Any, differentiable: bool) -> None:
     if is_leaf(out) and not is_leaf(w):
         raise TypeError(
             f"out is one {type(out).__name__}, but the weights are a "
-            f"{type(w).__name__} of {len(paths)} leaves: pass a container like the "
-            "weights"
+            f"{type(w).__name__}: pass a container like the weights"
         )
-    return spread(out, paths, "out")
+    written: dict[int, str] = {}
+    arrays = layers.like(out, "out")
+    leaves = spread(out, layers.paths, "out")
+    for leaf, array, what in zip(leaves, arrays, layers.named("out"), strict=True):
+        if holder(leaf) is None:
+            check_writable(array, what, differentiable)
+        if id(array) in written:
+            raise ValueError(
+                f"{what} is the same array as {written[id(array)]}: one result would "
+                "overwrite the other, pass an array for each"
+            )
+        written[id(array)] = what
 
 
-def _checked(path: Any, w: Any, g: Any, lr: Any, decay_lambda: Any, out: Any) -> _Leaf:
-    """Return one leaf's own arrays, after checking that they fit together."""
-    where = f" at {dotted(path)!r}" if path else ""
-    w, wrap = unwrap(w)
-    g, out = unwrap(g)[0], unwrap(out)[0]
-    lr, decay_lambda = unwrap(lr)[0], unwrap(decay_lambda)[0]
-    if not is_array(w):
-        raise TypeError(f"w{where} is a {type(w).__name__}, expected an array")
-    check_floating(w, f"w{where}")
-    _check_like(w, g, "dcdw", where)
-    if out is not None:
-        _check_like(w, out, "out", where)
-        check_writable(out, f"out{where}")
-    for name, value in (("lr", lr), ("decay_lambda", decay_lambda)):
-        _check_scalar(name + where, value)
-    return _Leaf(where, w, g, lr, decay_lambda, out, wrap)
+def _store(leaf: Any, new: Any, differentiable: bool) -> None:
+    """Write a result into what `out` has for it, or have its holder take it up."""
+    held, array = holder(leaf), unwrap(leaf)
+    if held and unwritable(array, differentiable):
+        setattr(leaf, held, new)
+    else:
+        write(array, new, "out")
 
 
-def _check_like(w: Any, x: Any, name: str, where: str) -> None:
+class State(NamedTuple):
+    """What `update` carries from step to step.
+
+    Attributes
+    ----------
+    count : int, or array of shape ()
+        The number of steps taken.
+    momentum : like the parameters
+        The momentum buffers, in the parameters' dtypes.
+    """
+
+    count: Any
+    momentum: Any
+
+
+def init(params: Any) -> State:
+    """Return the state before the first step: no steps, and buffers of zeros.
+
+    Parameters
+    ----------
+    params : array, or any nesting of containers
+        As in `lars_update`.
+
+    Returns
+    -------
+    State
+        Its `count` is an array in frameworks that compile, so that it can be traced.
+    """
+    layers = _Layers(params, "params")
+    first = next(iter(layers.arrays), None)
+    count = namespace(first).asarray(0) if compiles(first) else 0
+    zeros = [namespace(w).zeros_like(stop_gradient(w)) for w in layers.arrays]
+    return State(count, layers.rebuilt(zeros))
+
+
+def update(
+    params: Any,
+    grads: Any,
+    state: State,
+    lr: Any,
+    momentum: Any = Config.momentum,
+    weight_decay: Any = Config.weight_decay,
+    trust_coefficient: Any = Config.trust_coefficient,
+    eps: Any = Config.eps,
+    *,
+    denominator: Denominator = Config.denominator,
+    lr_placement: LrPlacement = Config.lr_placement,
+    nesterov: bool = Config.nesterov,
+    dampening: Any = Config.dampening,
+    clip: bool = Config.clip,
+    threshold: Any = Config.threshold,
+    adapt: Selection = None,
+    decay: Selection = None,
+    maximize: bool = Config.maximize,
+) -> tuple[Any, State]:
+    """Take one step of LARS with momentum: ``params, state = update(...)``.
+
+    Pure: nothing is written, and all of it can be traced (``jax.jit``,
+    ``jax.lax.scan``, ``tf.function``) and differentiated. In PyTorch and Paddle call
+    it under ``no_grad()`` where it shall not be.
+
+    Parameters
+    ----------
+    params : array, or any nesting of containers
+        As in `lars_update`. One leaf is one layer.
+    grads : like `params`
+        Gradients, of the framework, shape and dtype of the parameters.
+    state : State
+        What `init` or the last `update` returned.
+    lr : float, array of one element, or a container of them like `params`
+        Learning rate, at least 0.
+    momentum, weight_decay, trust_coefficient, eps : float, or array of shape ()
+        See `larskit.config.Config`, as for the keywords down to `threshold`.
+    denominator : {"paper", "decayed_gradient", "gradient", "momentum"}
+        What the length of a layer is divided by.
+    lr_placement : {"inside", "outside"}
+        Whether the rate multiplies what enters the momentum buffer or what leaves it.
+    nesterov, dampening, clip, threshold
+        Nesterov's momentum, dampening of the buffer, LARC's clipping of the ratio, and
+        the length up to which a layer is not adapted.
+    adapt, decay : None, bool, pattern, sequence of patterns, or callable
+        Which layers get a trust ratio and which are decayed, see
+        `larskit.select.select`; names are dotted paths, ``"encoder.0.weight"``. None
+        (default): those of two or more dimensions.
+    maximize : bool
+        Climb instead of descend.
+
+    Returns
+    -------
+    params : like `params`
+        The new parameters.
+    state : State
+        The new state.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the leaf or the hyper-parameter.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> params = {"kernel": np.ones((2, 2)), "bias": np.zeros(2)}
+    >>> grads = {"kernel": np.eye(2), "bias": np.array([0.5, -0.5])}
+    >>> params, state = update(params, grads, init(params), lr=1.0)
+    >>> params["bias"], state.count
+    (array([-0.5,  0.5]), 1)
+    """
+    config = Config(
+        momentum=momentum,
+        weight_decay=weight_decay,
+        trust_coefficient=trust_coefficient,
+        eps=eps,
+        denominator=denominator,
+        lr_placement=lr_placement,
+        nesterov=nesterov,
+        dampening=dampening,
+        clip=clip,
+        threshold=threshold,
+        maximize=maximize,
+    )
+    layers = _Layers(params, "params")
+    rows = zip(
+        layers.arrays,
+        layers.like(grads, "grads"),
+        layers.like(state.momentum, "state.momentum"),
+        layers.rates(lr, "lr"),
+        layers.configs(_at_step(config, state.count), adapt, decay),
+        strict=True,
+    )
+    moved = [rule.update(*row)[:2] for row in rows]
+    new_params = layers.rebuilt(new_w for new_w, _ in moved)
+    new_momentum = layers.rebuilt(new_v for _, new_v in moved)
+    return new_params, State(state.count + 1, new_momentum)
+
+
+def _at_step(config: Config, count: Any) -> Config:
+    """Return `config` without its dampening where this is the first step."""
+    dampening = config.dampening
+    undamped = is_number(dampening) and dampening == 0
+    if undamped or config.denominator == "momentum":
+        return config
+    later = count > 0
+    later = cast(later, "float32") if is_array(later) else later
+    return replace(config, dampening=dampening * later)
+
+
+class _Layers:
+    """The leaves of a container of weights, and what other containers have for them."""
+
+    def __init__(self, tree: Any, what: str) -> None:
+        self.paths, self.leaves, self.structure = flatten(tree)
+        self.arrays = [unwrap(leaf) for leaf in self.leaves]
+        for array, name in zip(self.arrays, self.named(what), strict=True):
+            if not is_array(array):
+                raise TypeError(
+                    f"{name} is a {type(array).__name__}, expected an array"
+                )
+            check_floating(array, name)
+
+    def named(self, what: str) -> list[str]:
+        """Say for each leaf where it lies, for messages."""
+        return [f"{what} at {dotted(path)!r}" if path else what for path in self.paths]
+
+    def like(self, tree: Any, what: str) -> list[Any]:
+        """Return the arrays of `tree`, which must be like the weights."""
+        found = [unwrap(leaf) for leaf in spread(tree, self.paths, what)]
+        for w, x, name in zip(self.arrays, found, self.named(what), strict=True):
+            _check_like(w, x, name)
+        return found
+
+    def rates(self, tree: Any, what: str) -> list[Any]:
+        """Return the one number that `tree` has for each leaf."""
+        found = zip(
+            spread(tree, self.paths, what), self.arrays, self.named(what), strict=True
+        )
+        return [_rate(unwrap(x), w, name) for x, w, name in found]
+
+    def configs(
+        self, config: Config, adapt: Selection, decay: Selection
+    ) -> list[Config]:
+        """Return the configuration of each layer."""
+        names = [dotted(path) for path in self.paths]
+        chosen = []
+        for what, selection in (("adapt", adapt), ("decay", decay)):
+            chosen.append(select(selection, names, self.arrays, what))
+            check_matched(selection, chosen[-1], what)
+        return [replace(config, adapt=a, decay=d) for a, d in zip(*chosen, strict=True)]
+
+    def rebuilt(self, arrays: Iterable[Any]) -> Any:
+        """Return a container like that of the weights around `arrays`."""
+        rows = zip(arrays, self.arrays, self.leaves, strict=True)
+        new = [rewrap(_exact(array, w), leaf) for array, w, leaf in rows]
+        return unflatten(self.structure, new)
+
+
+def _check_like(w: Any, x: Any, name: str) -> None:
     if not is_array(x) or framework(x) != framework(w):
         raise TypeError(
-            f"{name}{where} is a {type(x).__name__}, expected an array of "
-            f"{framework(w)} like the weights"
+            f"{name} is a {type(x).__name__}, expected an array of {framework(w)} "
+            "like the weights: convert it"
         )
     if tuple(x.shape) != tuple(w.shape):
         raise ValueError(
-            f"{name}{where} has the shape {tuple(x.shape)}, expected that of the "
-            f"weights, {tuple(w.shape)}"
+            f"{name} has the shape {tuple(x.shape)}, expected that of the weights, "
+            f"{tuple(w.shape)}"
         )
     if dtype_name(x) != dtype_name(w):
         raise TypeError(
-            f"{name}{where} has the dtype {dtype_name(x)}, expected that of the "
-            f"weights, {dtype_name(w)}: convert one of them"
+            f"{name} has the dtype {dtype_name(x)}, expected that of the weights, "
+            f"{dtype_name(w)}: convert one of them"
         )
+    check_floating(x, name)
 
 
-def _check_scalar(name: str, value: Any) -> None:
+def _rate(value: Any, w: Any, name: str) -> Any:
+    """Return a rate as a checked float, or as a 0-d array of the weights' framework."""
     if is_array(value):
-        if tuple(value.shape) not in ((), (1,)):
+        if math.prod(value.shape) != 1:
             raise ValueError(
                 f"{name} has the shape {tuple(value.shape)}, expected one number for "
                 "the whole layer: pass a float, a 0-d array, or a container of them"
             )
-        return
+        if dtype_name(value).startswith(("bool", "complex")):
+            raise TypeError(f"{name} has the dtype {dtype_name(value)}: pass a number")
+        value = namespace(value).reshape(value, ())
+        if framework(value) == framework(w) != "numpy":
+            return value
     check_lr(value, name)
+    try:
+        value = float(value)
+    except (TypeError, ValueError) as why:
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, expected a number or an array of "
+            f"{framework(w)} with one element"
+        ) from why
+    check_lr(value, name)
+    return value
 
 
-def _moved(leaf: _Leaf, stop_gradients: bool) -> Any:
-    config = Config(trust_coefficient=1.0, momentum=0.0, weight_decay=leaf.decay_lambda)
-    new = rule.update(leaf.w, leaf.g, None, leaf.lr, config)[0]
-    return stop_gradient(new) if stop_gradients else new
+def _exact(new: Any, like: Any) -> Any:
+    """Return `new` in the very dtype of `like`: NumPy's have a byte order too."""
+    return new.astype(like.dtype, copy=False) if framework(new) == "numpy" else new

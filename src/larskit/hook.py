@@ -1,5 +1,360 @@
-"""GradientLARS: rescale gradients before any optimizer's update."""
+"""GradientLARS: gradients rescaled layer by layer, in front of any optimizer.
+
+Chainer calls the hook once per parameter; `GradientLARS.attach` puts it before the
+step of a PyTorch optimizer, `GradientLARS.transform` into a chain of optax.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from types import MethodType
+from typing import Any, NamedTuple
+
+from larskit.arrays import (
+    check_floating,
+    is_array,
+    stop_gradient,
+    unwritable,
+    write,
+)
+from larskit.config import Config
+from larskit.rule import scaled_gradient
 
 
 class GradientLARS:
-    """Placeholder."""
+    """Rescale each layer's gradient to the length of its weights.
+
+    The gradient g of the weights w becomes ``r*(g + wd*w)`` with
+    ``r = |w| / (|g| + wd*|w| + eps)``, and r = 1 where ``|w| <= threshold``. There is
+    no trust coefficient: it is part of the learning rate of the optimizer behind.
+
+    It takes the place of ``chainer.optimizer_hooks.GradientLARS``, whose arguments,
+    attributes and numbers it has.
+
+    Parameters
+    ----------
+    threshold : float, default=1e-2
+        At least 0; a layer no longer than this keeps its gradient, decay added.
+    weight_decay : float, default=0.0
+        wd, at least 0. It is rescaled together with the gradient.
+    eps : float, default=1e-9
+        At least 0; keeps the denominator from 0.
+
+    Attributes
+    ----------
+    threshold, weight_decay, eps : float
+        As given. They may be changed, and count from the next call.
+    name, timing, call_for_each_param
+        What Chainer's ``add_hook`` asks for: ``"GradientLARS"``, ``"pre"``, True.
+
+    Notes
+    -----
+    An optimizer's own weight decay comes after the hook, so it is not rescaled: SGD and
+    Adam add it to the rescaled gradient, AdamW takes it from the weights. Where both
+    are given, both are applied; one of them is usually enough.
+
+    A gradient of zeros is no special case, as in Chainer: with a decay, such a layer
+    decays by ``r*wd*w``, which is about w itself.
+
+    References
+    ----------
+    Y. You, I. Gitman, B. Ginsburg, "Large Batch Training of Convolutional Networks",
+    arXiv 1708.03888; I. Gitman, D. Dilipkumar, B. Parr, "Convergence Analysis of
+    Gradient Descent Algorithms with Proportional Updates", arXiv 1801.03137.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> import numpy as np
+    >>> layer = SimpleNamespace(data=np.array([3.0, 4.0]), grad=np.array([0.0, 0.1]))
+    >>> GradientLARS(eps=0.0)(None, layer)
+    >>> layer.grad
+    array([0., 5.])
+    """
+
+    name = "GradientLARS"
+    timing = "pre"
+    call_for_each_param = True
+
+    def __init__(
+        self, threshold: Any = 1e-2, weight_decay: Any = 0.0, eps: Any = 1e-9
+    ) -> None:
+        """Keep the hyper-parameters, after checking them."""
+        self.threshold = threshold
+        self.weight_decay = weight_decay
+        self.eps = eps
+        self._config()
+
+    def _config(self) -> Config:
+        return Config(
+            threshold=self.threshold,
+            weight_decay=self.weight_decay,
+            eps=self.eps,
+            trust_coefficient=1.0,
+            zero_guard=False,
+        )
+
+    def __call__(self, rule: Any, param: Any) -> None:
+        """Rescale the gradient of one parameter in place.
+
+        Parameters
+        ----------
+        rule : object
+            Chainer's update rule; not looked at.
+        param : object with ``array`` or ``data``, and ``grad``
+            Two arrays of one shape and framework. Where one is None, nothing happens.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Before anything is written, where the arrays cannot be rescaled.
+        """
+        w = param.array if hasattr(param, "array") else param.data
+        if w is None or param.grad is None:
+            return
+        w, g = stop_gradient(w), stop_gradient(param.grad)
+        _check(w, g, "param.data", "param.grad")
+        if reason := unwritable(g):
+            raise TypeError(
+                f"param.grad {reason}, but the hook writes it in place: pass an array "
+                "that can be written, or use GradientLARS.transform"
+            )
+        write(g, scaled_gradient(w, g, self._config()), "param.grad")
+
+    def attach(self, optimizer: Any) -> "Attachment":
+        """Rescale the gradients of a PyTorch optimizer while it steps.
+
+        During ``optimizer.step()`` each ``p.grad`` is the rescaled gradient, in a
+        tensor of its own; afterwards it is the same tensor as before, untouched, also
+        when the step or its closure raises. A gradient that the step sets to None
+        stays None.
+
+        Parameters
+        ----------
+        optimizer : torch.optim.Optimizer
+            Any, with any parameter groups; more groups may follow. A closure's
+            gradients are rescaled after it ran, and put back before it runs again.
+
+        Returns
+        -------
+        Attachment
+            Its ``remove()``, or the end of a ``with`` block, takes the hook off.
+
+        Raises
+        ------
+        TypeError
+            If `optimizer` is of another kind, or holds a DTensor; from ``step()``, if a
+            gradient is sparse. Nothing has changed then.
+        ValueError
+            If the optimizer is differentiable.
+
+        Notes
+        -----
+        The step pre-hooks of the optimizer run first, whenever they were registered, on
+        the gradients as they are: what they change in place (clipping, averaging over
+        processes) stays, and is what gets rescaled. Post-hooks see the rescaled ones.
+
+        `torch.amp.GradScaler` needs nothing. Fused optimizers get gradients that are
+        still multiplied by the loss scale, and so does the result: the ratio does not
+        depend on it.
+
+        Copies, pickles and the ``state_dict`` of the optimizer come without the hook.
+        """
+        torch: Any = sys.modules.get("torch")  # who holds its optimizer has loaded it
+        if torch is None or not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__name__}, expected a "
+                "torch.optim.Optimizer: pass the one that holds the parameters"
+            )
+        if optimizer.defaults.get("differentiable"):
+            raise ValueError(
+                "optimizer was made with differentiable=True, which GradientLARS does "
+                "not support: make it with differentiable=False"
+            )
+        for i, p in enumerate(_parameters(optimizer)):
+            _check_whole(p, f"parameter {i}")
+        return Attachment(self, optimizer)
+
+    def transform(self) -> Any:
+        """Return the hook as a gradient transformation for optax.
+
+        Returns
+        -------
+        Transformation
+            ``init(params)`` and ``update(updates, state, params)``, for
+            ``optax.chain(hook.transform(), optax.sgd(lr))``. It has no state. The
+            leaves of `updates` that are None stay None.
+
+        Raises
+        ------
+        ImportError
+            Without JAX.
+        """
+        try:
+            from jax import tree_util
+        except ImportError as why:
+            raise ImportError(
+                "GradientLARS.transform needs JAX: pip install 'larskit[jax]'"
+            ) from why
+
+        def init(params: Any) -> Any:
+            return ()
+
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            if params is None:
+                raise ValueError(
+                    "params is None, expected the weights, whose lengths LARS needs: "
+                    "call update(updates, state, params)"
+                )
+            config = self._config()
+
+            def rescaled(path: Any, g: Any, w: Any) -> Any:
+                if g is None:
+                    return None
+                where = tree_util.keystr(path)
+                _check(w, g, f"params{where}", f"updates{where}")
+                return scaled_gradient(w, g, config)
+
+            new = tree_util.tree_map_with_path(
+                rescaled, updates, params, is_leaf=lambda x: x is None
+            )
+            return new, state
+
+        return Transformation(init, update)
+
+
+class Transformation(NamedTuple):
+    """The pair of functions that optax calls a gradient transformation."""
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+
+
+class Attachment:
+    """One hook on one optimizer; a context manager that takes it off at the end."""
+
+    def __init__(self, hook: GradientLARS, optimizer: Any) -> None:
+        """Put a step that rescales around the optimizer's own."""
+        self._optimizer = optimizer
+        self._active = True
+        self._outer = vars(optimizer).get("step")
+        inner = optimizer.step
+
+        @wraps(getattr(inner, "__func__", inner))  # what torch's schedulers look at
+        def step(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._active:
+                return inner(*args, **kwargs)
+            gradients = _Gradients(hook, optimizer)
+            handle = optimizer.register_step_pre_hook(gradients.before_step)
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                handle.remove()
+                gradients.put_back()
+
+        self._step = optimizer.step = MethodType(step, optimizer)
+
+    def remove(self) -> None:
+        """Take the hook off; a second call does nothing."""
+        self._active = False
+        if vars(self._optimizer).get("step") is not self._step:
+            return  # somebody wrapped it since, and passes through it
+        if self._outer is None:
+            del self._optimizer.step
+        else:
+            self._optimizer.step = self._outer
+
+    def __enter__(self) -> "Attachment":
+        """Return the attachment itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Take the hook off."""
+        self.remove()
+
+
+class _Gradients:
+    """The gradients of an optimizer during one step."""
+
+    def __init__(self, hook: GradientLARS, optimizer: Any) -> None:
+        self._hook = hook
+        self._optimizer = optimizer
+        self._before_step_ran = False
+        self._own: list[tuple[Any, Any]] = []
+
+    def before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        """Rescale now or, where there is a closure, each time after it ran."""
+        if self._before_step_ran:  # a step that calls its parent's
+            return None
+        self._before_step_ran = True
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self.rescale()
+            return None
+
+        def rescaling_closure() -> Any:
+            self.put_back()
+            loss = closure()
+            self.rescale()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": rescaling_closure}
+        return (args[0], rescaling_closure, *args[2:]), kwargs
+
+    def rescale(self) -> None:
+        """Compute every rescaled gradient, then put them in place."""
+        config = self._hook._config()
+        own, new = [], []
+        for i, p in enumerate(_parameters(self._optimizer)):
+            if p.grad is None:
+                continue
+            w, g = stop_gradient(p), stop_gradient(p.grad)
+            _check(w, g, f"parameter {i}", f"the gradient of parameter {i}")
+            scale = _loss_scale(self._optimizer, p)
+            own.append((p, p.grad))
+            new.append(scaled_gradient(w, g, config, scale))
+        self._own = own
+        for (p, _), g in zip(own, new, strict=True):
+            p.grad = g
+
+    def put_back(self) -> None:
+        """Restore the optimizer's own gradients; those that were dropped stay so."""
+        for p, g in self._own:
+            if p.grad is not None:
+                p.grad = g
+        self._own = []
+
+
+def _parameters(optimizer: Any) -> list[Any]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _loss_scale(optimizer: Any, p: Any) -> Any:
+    """Return what GradScaler left the gradient of `p` multiplied by."""
+    scale = None
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else scale.to(p.device, non_blocking=True)
+
+
+def _check(w: Any, g: Any, w_name: str, g_name: str) -> None:
+    """Refuse what cannot be rescaled, before anything changes."""
+    _check_whole(w, w_name)
+    for x, name in ((w, w_name), (g, g_name)):
+        if not is_array(x):
+            raise TypeError(f"{name} is a {type(x).__name__}, expected an array")
+        check_floating(x, name)
+    if tuple(g.shape) != tuple(w.shape):
+        raise ValueError(
+            f"{g_name} has the shape {tuple(g.shape)}, expected that of {w_name}, "
+            f"{tuple(w.shape)}"
+        )
+
+
+def _check_whole(w: Any, name: str) -> None:
+    if type(w).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor, but GradientLARS does not support sharded layers in "
+            "this version: keep the layer whole on every process"
+        )

@@ -6,29 +6,41 @@ become nodes the first time they are met.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from textwrap import indent
-from typing import Any, cast
+from typing import Any
 
 import optree
 
-from larskit.arrays import framework
+from larskit.arrays import dtype_name, framework, is_array, namespace
 
 NAMESPACE = "larskit"
 Path = tuple[Any, ...]
 
 
 def flatten(tree: Any) -> tuple[list[Path], list[Any], Any]:
-    """Return the paths, the leaves and the structure of `tree`."""
+    """Return the paths, the leaves and the structure of `tree`.
+
+    A path holds the keys, indices and field names that lead to a leaf. None is no leaf.
+    A field of a dataclass whose metadata say ``static=True`` (or, as flax has it,
+    ``pytree_node=False``) is carried along and not walked into.
+    """
     while True:
-        paths, leaves, structure = optree.tree_flatten_with_path(
+        accessors, leaves, structure = optree.tree_flatten_with_accessor(
             tree, namespace=NAMESPACE
         )
         unknown = {type(leaf) for leaf in leaves if _is_container(leaf)}
         if not unknown:
-            return paths, leaves, structure
+            return [_path(accessor) for accessor in accessors], leaves, structure
         for kind in unknown:
-            _register(kind)
+            with suppress(ValueError):  # another thread was faster
+                _register(kind)
+
+
+def _path(accessor: Iterable[Any]) -> Path:
+    return tuple(getattr(entry, "field", entry.entry) for entry in accessor)
 
 
 def unflatten(structure: Any, leaves: Iterable[Any]) -> Any:
@@ -51,11 +63,18 @@ def spread(tree: Any, paths: list[Path], what: str) -> list[Any]:
 
     Raises
     ------
+    TypeError
+        Where `tree` is a container but `paths` is that of one array.
     ValueError
         Naming the first path that `tree` misses, or has and should not.
     """
-    if is_leaf(tree):
+    if tree is None or is_leaf(tree):
         return [tree] * len(paths)
+    if paths == [()]:
+        raise TypeError(
+            f"{what} is a {type(tree).__name__}, but the weights are one array: pass "
+            "one value, not a container"
+        )
     found_paths, leaves, _ = flatten(tree)
     found = dict(zip(found_paths, leaves, strict=True))
     expected = set(paths)
@@ -72,13 +91,22 @@ def spread(tree: Any, paths: list[Path], what: str) -> list[Any]:
     return [found[path] for path in paths]
 
 
-def unwrap(leaf: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Return the framework's own array in `leaf`, and what wraps a result like it."""
+def holder(leaf: Any) -> str | None:
+    """Name the attribute in which a leaf holds its array; None for an array itself."""
     if isinstance(leaf, Array):
-        return leaf.native, Array
-    if framework(leaf) == "ivy":
-        return leaf.data, type(leaf)
-    return leaf, lambda native: native
+        return "native"
+    return "data" if framework(leaf) == "ivy" else None
+
+
+def unwrap(leaf: Any) -> Any:
+    """Return the framework's own array in `leaf`."""
+    held = holder(leaf)
+    return getattr(leaf, held) if held else leaf
+
+
+def rewrap(native: Any, like: Any) -> Any:
+    """Hold `native` as `like` holds its array."""
+    return type(like)(native) if holder(like) else native
 
 
 def _is_container(x: Any) -> bool:
@@ -87,54 +115,95 @@ def _is_container(x: Any) -> bool:
     return isinstance(x, Mapping) or dataclasses.is_dataclass(x)
 
 
-def _register(kind: Any) -> None:
+def _register(kind: type) -> None:
     """Make a mapping or a dataclass a node that its constructor rebuilds."""
+    walk: Any = _walk_dataclass
+    build: Any = _build_dataclass
     if issubclass(kind, Mapping):
-        _register_node(kind, tuple, lambda x: list(x.values()), kind)
-        return
-    names = tuple(field.name for field in dataclasses.fields(kind) if field.init)
-    _register_node(
-        kind,
-        lambda x: names,
-        lambda x: [getattr(x, name) for name in names],
-        lambda items: kind(**items),
-    )
-
-
-def _register_node(kind: Any, keys: Any, values: Any, build: Any) -> None:
+        walk, build = _walk_mapping, _build_mapping
     optree.register_pytree_node(
         kind,
-        lambda x: (values(x), keys(x), keys(x)),
-        lambda names, new: build(dict(zip(cast(Path, names), new, strict=True))),
+        walk,
+        partial(build, kind),
+        path_entry_type=optree.GetAttrEntry
+        if walk is _walk_dataclass
+        else optree.MappingEntry,
         namespace=NAMESPACE,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """The keys of a mapping in its own order; equal in any order, as mappings are."""
+
+    order: tuple[Any, ...] = dataclasses.field(compare=False)
+    known: frozenset[Any]
+
+    def ranked(self) -> list[Any]:
+        return sorted(self.order, key=lambda key: (type(key).__name__, str(key)))
+
+
+def _walk_mapping(x: Mapping[Any, Any]) -> tuple[list[Any], _Keys, list[Any]]:
+    keys = _Keys(tuple(x), frozenset(x))
+    ranked = keys.ranked()
+    return [x[key] for key in ranked], keys, ranked
+
+
+def _build_mapping(kind: Any, keys: _Keys, values: Iterable[Any]) -> Any:
+    found = dict(zip(keys.ranked(), values, strict=True))
+    return kind({key: found[key] for key in keys.order})
+
+
+def _walk_dataclass(x: Any) -> tuple[list[Any], Any, list[str]]:
+    walked, static = [], []
+    for field in dataclasses.fields(x):
+        if field.init:
+            data = field.metadata
+            known = data.get("static", False) or not data.get("pytree_node", True)
+            (static if known else walked).append((field.name, getattr(x, field.name)))
+    names = [name for name, _ in walked]
+    return [value for _, value in walked], (tuple(names), tuple(static)), names
+
+
+def _build_dataclass(kind: Any, known: Any, values: Iterable[Any]) -> Any:
+    names, static = known
+    return kind(**dict(static), **dict(zip(names, values, strict=True)))
 
 
 class Container(dict):
     """A dictionary of arrays whose items are attributes too.
 
-    Nested dictionaries become Containers. It is a pytree in JAX, and in optree under
-    ``namespace="larskit"``.
+    It is a pytree in JAX, and in optree under ``namespace="larskit"``. Two Containers
+    are equal if they have the same keys, in any order, and equal items; arrays are
+    equal if framework, shape, dtype and all elements are.
 
     Parameters
     ----------
     mapping : mapping or iterable of pairs, default=()
-        The first items.
+        The first items. Dictionaries among the items become Containers; those inside
+        lists and tuples stay as they are.
     **items
         More items.
 
     Examples
     --------
+    >>> from larskit import Container
     >>> weights = Container(encoder={"kernel": 1.0}, bias=2.0)
     >>> weights.encoder.kernel, weights["bias"]
     (1.0, 2.0)
+    >>> weights
+    Container(
+      encoder: Container(
+        kernel: 1.0
+      ),
+      bias: 2.0
+    )
     """
 
     def __init__(self, mapping: Any = (), /, **items: Any) -> None:
         """Take the items of `mapping`, then the keyword arguments."""
         super().__init__()
         self.update(mapping, **items)
-        _register_with_jax()
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """Set an item; a dictionary becomes a Container."""
@@ -154,21 +223,29 @@ class Container(dict):
         return self[key]
 
     def copy(self) -> "Container":
-        """Return a Container of the same arrays; nested ones are copied too."""
-        return Container(
-            {k: v.copy() if isinstance(v, Container) else v for k, v in self.items()}
-        )
+        """Return a Container of the same items."""
+        return Container(self)
 
-    def __or__(self, other: Any) -> "Container":
-        """Return a Container with the items of both."""
-        new = self.copy()
-        new.update(other)
-        return new
+    def __or__(self, other: Any) -> Any:
+        """Return a Container with the items of both, `other` winning."""
+        return Container({**self, **other}) if _is_mapping(other) else NotImplemented
+
+    def __ror__(self, other: Any) -> Any:
+        """Return a Container with the items of both, this one winning."""
+        return Container({**other, **self}) if _is_mapping(other) else NotImplemented
 
     def __ior__(self, other: Any) -> "Container":
         """Take the items of `other`."""
         self.update(other)
         return self
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the keys and all items are equal."""
+        return _equal(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        """Whether a key or an item differs."""
+        return not _equal(self, other)
 
     def __getattr__(self, name: str) -> Any:
         """Return the item called `name`."""
@@ -195,7 +272,8 @@ class Container(dict):
 
     def __dir__(self) -> list[str]:
         """List the items among the attributes."""
-        return [*super().__dir__(), *(key for key in self if isinstance(key, str))]
+        names = [key for key in self if isinstance(key, str) and key.isidentifier()]
+        return [*super().__dir__(), *names]
 
     def __repr__(self) -> str:
         """Show one item a line."""
@@ -214,7 +292,26 @@ class Container(dict):
         stop_gradients: bool = True,
         out: Any = None,
     ) -> "Container":
-        """Do `larskit.lars_update` with these weights."""
+        """Move these weights as `larskit.lars_update` does.
+
+        Parameters
+        ----------
+        dcdw : like this container, or one array
+            Derivatives of the cost with respect to the weights.
+        lr : float, 0-d array, or a container of them
+            Learning rate, at least 0.
+        decay_lambda : float, 0-d array, or a container of them, default=0
+            Weight decay, at least 0.
+        stop_gradients : bool, default=True
+            Cut the result off from what it was computed from.
+        out : like this container, optional
+            Receives the result.
+
+        Returns
+        -------
+        Container
+            The new weights, or `out`.
+        """
         return _lars_update(self, dcdw, lr, decay_lambda, stop_gradients, out)
 
 
@@ -225,6 +322,13 @@ class Array:
     ----------
     native : array, or Array
         The framework's own array, kept as `native`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from larskit import Array
+    >>> Array(np.array([3.0, 4.0])).lars_update(np.array([0.0, 2.0]), 0.1)
+    Array(array([3. , 3.5]))
     """
 
     __slots__ = ("native",)
@@ -232,20 +336,6 @@ class Array:
     def __init__(self, native: Any) -> None:
         """Hold `native`."""
         self.native = native.native if isinstance(native, Array) else native
-
-    @property
-    def shape(self) -> Any:
-        """The native shape."""
-        return self.native.shape
-
-    @property
-    def dtype(self) -> Any:
-        """The native dtype."""
-        return self.native.dtype
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        """Convert to NumPy as the native array does."""
-        return self.native.__array__(*args, **kwargs)
 
     def __repr__(self) -> str:
         """Show the native array."""
@@ -261,7 +351,27 @@ class Array:
         stop_gradients: bool = True,
         out: Any = None,
     ) -> "Array":
-        """Do `larskit.lars_update` with this array as the weights."""
+        """Move this array as `larskit.lars_update` does.
+
+        Parameters
+        ----------
+        dcdw : Array, or native array
+            Derivatives of the cost with respect to the weights.
+        lr : float, or 0-d array
+            Learning rate, at least 0.
+        decay_lambda : float, or 0-d array, default=0
+            Weight decay, at least 0.
+        stop_gradients : bool, default=True
+            Cut the result off from what it was computed from.
+        out : Array, or native array, optional
+            Receives the result. An Array whose native array cannot be written gets a
+            new one.
+
+        Returns
+        -------
+        Array
+            The new weights, or `out`.
+        """
         return _lars_update(self, dcdw, lr, decay_lambda, stop_gradients, out)
 
 
@@ -275,19 +385,77 @@ def _lars_update(
     )
 
 
+def _is_mapping(x: Any) -> bool:
+    return isinstance(x, Mapping)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two items, arrays or containers of them, are equal in every element."""
+    if a is b:
+        return True
+    if type(a) is type(b):
+        a, b = unwrap(a), unwrap(b)
+    if isinstance(a, Mapping):
+        same_keys = isinstance(b, Mapping) and a.keys() == b.keys()
+        return same_keys and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        same_size = type(a) is type(b) and len(a) == len(b)
+        return same_size and all(map(_equal, a, b))
+    if is_array(a) or is_array(b):
+        return _traits(a) == _traits(b) and bool(namespace(a).all(a == b))
+    return bool(a == b)
+
+
+def _traits(x: Any) -> Any:
+    return is_array(x) and (framework(x), tuple(x.shape), dtype_name(x))
+
+
 _register(Container)
-_jax_knows_container = False
 
 
-def _register_with_jax() -> None:
-    """Make Container a pytree of JAX as soon as JAX is there."""
-    global _jax_knows_container
-    if _jax_knows_container or "jax" not in sys.modules:
-        return
-    tree_util = sys.modules["jax"].tree_util
-    tree_util.register_pytree_with_keys(
-        Container,
-        lambda x: ([(tree_util.DictKey(k), v) for k, v in x.items()], tuple(x)),
-        lambda keys, values: Container(zip(keys, values, strict=True)),
-    )
-    _jax_knows_container = True
+class _WhenJaxLoads:
+    """An import hook that makes Container a pytree of JAX once JAX was imported.
+
+    JAX has no other way to learn of a class that was there before it.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Find JAX as the other finders do, and have its loader register Container."""
+        if name != "jax":
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next(filter(None, specs), None)
+        loader: Any = spec and spec.loader
+        if loader:
+            load = loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                del loader.exec_module
+                load(module)
+                self.register(module)
+
+            loader.exec_module = exec_module
+        return spec
+
+    def register(self, jax: Any) -> None:
+        """Make Container a pytree of `jax`."""
+        jax.tree_util.register_pytree_with_keys(
+            Container,
+            lambda x: _walk_for_jax(jax, x),
+            lambda keys, values: _build_mapping(Container, keys, values),
+        )
+        with suppress(ValueError):
+            sys.meta_path.remove(self)
+
+
+def _walk_for_jax(jax: Any, x: Container) -> tuple[list[Any], _Keys]:
+    values, keys, ranked = _walk_mapping(x)
+    entries = map(jax.tree_util.DictKey, ranked)
+    return list(zip(entries, values, strict=True)), keys
+
+
+if hasattr(sys.modules.get("jax"), "tree_util"):
+    _WhenJaxLoads().register(sys.modules["jax"])
+else:
+    sys.meta_path.insert(0, _WhenJaxLoads())

@@ -17,7 +17,7 @@ CLEAN = {
 
 
 @pytest.mark.parametrize("seed", environments.SEEDS)
-def test_live(seed: str) -> None:
+def test_live(seed: str, tmp_path: Path) -> None:
     why = environments.unsupported(seed)
     if why and not os.environ.get("LARSKIT_REQUIRE_LIVE"):
         pytest.skip(why)
@@ -28,9 +28,9 @@ def test_live(seed: str) -> None:
         [
             *(environments.python(seed), "-m", "pytest", "-q", "-ra"),
             *("-p", "no:cacheprovider", "-o", "filterwarnings=default"),
-            f"tests/interop/live/test_live_{seed}.py",
+            ROOT / "tests" / "interop" / "live" / f"test_live_{seed}.py",
         ],
-        cwd=ROOT,
+        cwd=tmp_path,  # some packages leave logs behind
         env={**CLEAN, "PYTHONPATH": str(ROOT / "src"), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

@@ -1,0 +1,6 @@
+"""``python -m larskit``: the same as the command ``larskit``."""
+
+from larskit.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,239 @@
+"""Labelled images: the digits of scikit-learn, a folder of class folders, an npz."""
+
+import hashlib
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from larskit.app import InputError
+
+# Every fifth image of each class is for testing, whatever the seed of the training.
+TEST_EVERY, SPLIT_SEED = 5, 0
+FOLDER_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images, their labels, and which of them are for testing.
+
+    Parameters
+    ----------
+    x : uint8 or float32 array of shape (images, channels, height, width)
+        The images as they were read.
+    y : int64 array of shape (images,)
+        The labels, from 0.
+    classes : tuple of str
+        What the labels are called.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    classes: tuple[str, ...]
+
+    @cached_property
+    def test(self) -> np.ndarray:
+        """Indices of a fifth of the images of each class, chosen by a fixed seed."""
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(self.y))
+        by_class = order[np.argsort(self.y[order], kind="stable")]
+        return by_class[::TEST_EVERY]
+
+    @cached_property
+    def train(self) -> np.ndarray:
+        """Indices of the others, shuffled by a fixed seed."""
+        others = np.setdiff1d(np.arange(len(self.y)), self.test)
+        return np.random.default_rng(SPLIT_SEED).permutation(others)
+
+    @cached_property
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation of each channel of the training images, in float32."""
+        x, axes = self.x[self.train], (0, 2, 3)
+        mean = x.mean(axes, dtype=np.float64)
+        deviation = x.std(axes, dtype=np.float64)
+        deviation[deviation == 0] = 1
+        return mean.astype(np.float32), deviation.astype(np.float32)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of images and labels, to recognise the data by."""
+        digest = hashlib.sha256(repr((self.x.shape, self.x.dtype.str)).encode())
+        digest.update(self.x.tobytes())
+        digest.update(self.y.tobytes())
+        return digest.hexdigest()
+
+
+def read(source: str, image_size: int | None = None) -> Data:
+    """Read labelled images.
+
+    Parameters
+    ----------
+    source : str
+        ``"digits"``, a folder with one folder of images per class, or an ``.npz`` file
+        with ``x`` of shape (images, height, width) or (images, channels, height,
+        width) and ``y`` of integers or strings.
+    image_size : int, optional
+        Side in pixels that every image is brought to. None leaves digits and arrays as
+        they are, and brings the images of a folder to 32.
+
+    Returns
+    -------
+    Data
+
+    Raises
+    ------
+    InputError
+        For what cannot be read, or cannot be learned from.
+    """
+    path = Path(source)
+    if source == "digits":
+        data = _digits()
+    elif not path.exists():
+        raise InputError(
+            f"--data {source} does not exist: pass digits, a folder of class folders "
+            "or an .npz file"
+        )
+    elif path.is_dir():
+        return _checked(_folder(path, image_size or FOLDER_SIZE), source)
+    elif path.suffix == ".npz":
+        data = _npz(path)
+    else:
+        raise InputError(
+            f"--data {source} is neither digits, nor a folder of class folders, nor "
+            "an .npz file"
+        )
+    _checked(data, source)
+    return data if image_size is None else _resized(data, image_size)
+
+
+def _checked(data: Data, source: str) -> Data:
+    if len(data.classes) < 2:
+        raise InputError(
+            f"--data {source} holds one class only, {''.join(data.classes)!r}: a "
+            "classifier needs two"
+        )
+    for name, count in zip(data.classes, np.bincount(data.y), strict=True):
+        if count < TEST_EVERY:
+            raise InputError(
+                f"--data {source} has {count} images of the class {name!r}: "
+                f"{TEST_EVERY} are needed, of which one is for testing"
+            )
+    return data
+
+
+def _digits() -> Data:
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    x = bunch.images[:, None].astype(np.float32)
+    return Data(x, bunch.target.astype(np.int64), tuple(map(str, range(10))))
+
+
+def _folder(path: Path, size: int) -> Data:
+    folders = list(_visible(path))
+    for stray in folders:
+        if not stray.is_dir():
+            raise InputError(
+                f"{stray} lies beside the class folders: put it into one of them"
+            )
+    if not folders:
+        raise InputError(f"--data {path} holds no class folder")
+    files, y = [], []
+    for label, folder in enumerate(folders):
+        images = list(_visible(folder))
+        if not images:
+            raise InputError(f"{folder} holds no image")
+        files += images
+        y += [label] * len(images)
+    x = _images(files, size)
+    return Data(x, np.array(y), tuple(folder.name for folder in folders))
+
+
+def _visible(path: Path) -> Iterator[Path]:
+    yield from sorted(p for p in path.iterdir() if not p.name.startswith("."))
+
+
+def _images(files: list[Path], size: int) -> np.ndarray:
+    """Decode every file to the same size; grey where all of them are."""
+    images = [_image(file, size) for file in files]
+    grey = all(image.mode == "L" for image in images)
+    arrays = [np.asarray(image if grey else image.convert("RGB")) for image in images]
+    x = np.stack(arrays)
+    return x[:, None] if grey else np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+
+
+def _image(file: Path, size: int) -> Any:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as why:
+        raise InputError(f"{file} cannot be read as an image: {_line(why)}") from why
+    if image.mode.startswith(("I", "F")):
+        raise InputError(
+            f"{file} has more than 8 bits per channel (mode {image.mode}): convert it, "
+            "or pass an .npz file"
+        )
+    image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+
+
+def _npz(path: Path) -> Data:
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("x", "y") if name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as why:
+        raise InputError(f"{path} cannot be read as an .npz: {_line(why)}") from why
+    for name in ("x", "y"):
+        if name not in arrays:
+            raise InputError(f"{path} has no array {name!r}: it needs x and y")
+    x, y = _npz_images(path, arrays["x"]), arrays["y"]
+    if y.ndim != 1 or y.dtype.kind not in "iuUS":
+        raise InputError(
+            f"y in {path} has the shape {y.shape} and the dtype {y.dtype}, expected "
+            "one integer or string per image"
+        )
+    if len(x) != len(y):
+        raise InputError(f"{path} has {len(x)} images in x but {len(y)} labels in y")
+    classes, labels = np.unique(y, return_inverse=True)
+    return Data(x, labels.astype(np.int64), tuple(map(str, classes.tolist())))
+
+
+def _npz_images(path: Path, x: np.ndarray) -> np.ndarray:
+    if x.dtype.kind not in "biuf":
+        raise InputError(f"x in {path} has the dtype {x.dtype}, expected numbers")
+    if x.ndim == 3:
+        x = x[:, None]
+    if x.ndim != 4 or 0 in x.shape:
+        raise InputError(
+            f"x in {path} has the shape {x.shape}, expected (images, height, width) or "
+            "(images, channels, height, width)"
+        )
+    if x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
+        raise InputError(
+            f"x in {path} has the shape {x.shape}, which looks like channels last: "
+            "save x.transpose(0, 3, 1, 2)"
+        )
+    if x.dtype.kind == "f" and not (finite := np.isfinite(x)).all():
+        raise InputError(
+            f"x in {path} has {(~finite).sum()} values that are not finite"
+        )
+    return x if x.dtype == np.uint8 else x.astype(np.float32)
+
+
+def _resized(data: Data, size: int) -> Data:
+    import torch
+    from torch.nn.functional import interpolate
+
+    x = torch.from_numpy(data.x.astype(np.float32))
+    x = interpolate(x, (size, size), mode="bilinear", antialias=True)
+    return Data(x.numpy(), data.y, data.classes)
+
+
+def _line(why: Exception) -> str:
+    """Return an exception's message on one line."""
+    return " ".join(str(why).split()) or type(why).__name__

@@ -1,0 +1,235 @@
+"""`larskit train`: train a classifier, keep it on disk, stop and go on at any step."""
+
+import json
+import math
+import os
+import signal
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from larskit.app import InputError
+from larskit.app.data import read
+from larskit.app.settings import Settings
+from larskit.app.trainer import Trainer
+from larskit.checkpoint import atomic
+
+FORMAT = "larskit.train/1"
+CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
+SHOWN_EVERY = 0.1
+
+
+def train(
+    given: dict[str, Any],
+    out: str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> int:
+    """Train, or go on training, and keep the result in a folder.
+
+    The folder gets ``checkpoint.pt`` after every epoch and when the training is
+    stopped, and ``metrics.jsonl`` with one line per epoch.
+
+    Parameters
+    ----------
+    given : dict
+        Arguments of `Settings`. On resuming, they must agree with the stored ones.
+    out : str
+        The folder; made if need be.
+    resume : bool, default=False
+        Go on with the training that is stored there.
+    overwrite : bool, default=False
+        Replace the training that is stored there.
+    console : rich.console.Console, optional
+        Where to show the progress.
+
+    Returns
+    -------
+    int
+        0 when the training is done; 1 when it diverged; 128 plus the signal's number
+        when SIGINT or SIGTERM stopped it.
+
+    Raises
+    ------
+    InputError
+        Before anything is written.
+    """
+    console, folder = console or Console(), Path(out)
+    state = _stored(folder, given) if resume else None
+    if not (resume or overwrite) and (folder / CHECKPOINT).exists():
+        raise InputError(
+            f"--out {out} holds a training already: pass --resume to go on with it, "
+            "--overwrite to lose it, or another folder"
+        )
+    settings = Settings(**(state["settings"] if state else given))
+    trainer = Trainer(settings, read(settings.data, settings.image_size))
+    if state:
+        _restore(trainer, state, folder / CHECKPOINT)
+    prepare(folder)
+    with stopping() as signals, _display(trainer, console) as show:
+        for _ in trainer.run():
+            ended = trainer.batch == 0
+            show(ended)
+            if ended:
+                _save(trainer, folder)
+            if signals:
+                break
+    return _conclude(trainer, folder, signals, console)
+
+
+def prepare(folder: Path) -> None:
+    """Make a folder to write to, or raise `InputError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as why:
+        raise InputError(f"--out {folder} cannot be made: {why.strerror}") from why
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"--out {folder} cannot be written")
+
+
+@contextmanager
+def stopping() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list; a second one does what it always does."""
+    caught: list[int] = []
+
+    def catch(number: int, frame: Any) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {
+        number: signal.signal(number, catch)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stored(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Read a checkpoint, and refuse settings that are not its own."""
+    path = folder / CHECKPOINT
+    try:
+        state = _read(path)
+        stored = Settings(**state["settings"])
+    except FileNotFoundError:
+        raise InputError(f"--resume: there is no {path}") from None
+    except Exception as why:  # whatever a foreign file makes of its reader
+        raise _not_ours(path) from why
+    for name, wanted in given.items():
+        asked = getattr(Settings(**{**state["settings"], name: wanted}), name)
+        if asked != getattr(stored, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} {wanted} is not what {folder} was begun "
+                f"with, {getattr(stored, name)}: leave it out, or begin anew"
+            )
+    return state
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as file:
+        if file.testzip() is not None:
+            raise ValueError("a checksum is wrong")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["format"] != FORMAT:
+        raise ValueError(f"the format is {state['format']}")
+    return state
+
+
+def _not_ours(path: Path) -> InputError:
+    return InputError(
+        f"--resume: {path} is torn, or no checkpoint of larskit train: begin anew with "
+        "--overwrite"
+    )
+
+
+def _restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    if state.get("data") != trainer.data.fingerprint:
+        raise InputError(
+            f"--resume: the images in {trainer.settings.data} are not those that "
+            f"{path} was begun with"
+        )
+    try:
+        trainer.load_state_dict(state)
+    except Exception as why:  # as above
+        raise _not_ours(path) from why
+
+
+def _save(trainer: Trainer, folder: Path) -> None:
+    with atomic(folder / CHECKPOINT) as file:
+        torch.save({"format": FORMAT, **trainer.state_dict()}, file)
+    with atomic(folder / METRICS, "w") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in trainer.history)
+
+
+def _conclude(
+    trainer: Trainer, folder: Path, signals: list[int], console: Console
+) -> int:
+    if trainer.diverged:
+        console.print(
+            f"The loss is no longer finite after epoch {trainer.epoch}: pass a --lr "
+            f"below {trainer.settings.lr:g}."
+        )
+        return 1
+    if not trainer.finished:
+        _save(trainer, folder)
+        console.print(
+            f"Stopped after step {trainer.step} of {trainer.steps} and saved. Go on "
+            f"with: larskit train --resume --out {folder}",
+            soft_wrap=True,
+        )
+        return 128 + signals[0]
+    console.print(
+        f"{100 * trainer.history[-1]['test_accuracy']:.2f} % of the test images are "
+        f"right; the weights are in {folder / CHECKPOINT}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+@contextmanager
+def _display(trainer: Trainer, console: Console) -> Iterator[Callable[[bool], None]]:
+    """Show a bar on a terminal, elsewhere one line per epoch."""
+    if not console.is_terminal:
+        yield lambda ended: console.print(_status(trainer)) if ended else None
+        return
+    columns = ("{task.description}", BarColumn(None), MofNCompleteColumn())
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, expand=True)
+    with bar:
+        task = bar.add_task("", total=trainer.steps, completed=trainer.step)
+        shown = 0.0
+
+        def show(ended: bool) -> None:
+            nonlocal shown
+            if ended or time.monotonic() - shown > SHOWN_EVERY:
+                shown = time.monotonic()
+                bar.update(task, completed=trainer.step, description=_status(trainer))
+
+        yield show
+
+
+def _status(trainer: Trainer) -> str:
+    """Say in one line where the training is."""
+    found = trainer.measured() if trainer.batch else trainer.history[-1]
+    found = {name: math.nan if x is None else x for name, x in found.items()}
+    epoch = trainer.epoch + bool(trainer.batch)
+    line = (
+        f"epoch {epoch}/{trainer.settings.epochs}  loss {found['train_loss']:.4f}  "
+        f"accuracy {found['train_accuracy']:.2%}  lr {found['lr']:.3g}"
+    )
+    if "ratio_min" in found:
+        spread = (found[f"ratio_{which}"] for which in ("min", "median", "max"))
+        line += "  ratios " + " ".join(f"{ratio:.2g}" for ratio in spread)
+    if "test_accuracy" in found:
+        line += f"  test {found['test_accuracy']:.2%}"
+    return line

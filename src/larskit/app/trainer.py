@@ -1,0 +1,286 @@
+"""One training, step by step, with a state that can be stored between any two."""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import update_bn
+
+from larskit.app import InputError, models, optimizers
+from larskit.app.data import Data
+from larskit.app.settings import Settings
+from larskit.torch import LARS
+
+EVALUATED_AT_ONCE = 256
+
+
+class Trainer:
+    """A model in training: equal settings and data give equal weights.
+
+    Every epoch takes the images in a new order, in batches of `Settings.batch_size`;
+    what is left over waits for the next epoch.
+
+    Parameters
+    ----------
+    settings : Settings
+        What to train, and how.
+    data : Data
+        The images.
+    test_last : bool, default=False
+        Measure on the test images after the last epoch only.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+        The network.
+    epoch, batch : int
+        How many epochs, and batches of this epoch, are done.
+    batches : int
+        How many batches an epoch has.
+    history : list of dict
+        What was measured, one entry per finished epoch.
+    """
+
+    def __init__(self, settings: Settings, data: Data, *, test_last: bool = False):
+        """Check what depends on data and machine, then make the model."""
+        self.settings, self.data, self.test_last = settings, data, test_last
+        self.device = check(settings, data)
+        self.batches = len(data.train) // settings.batch_size
+        if self.device.type == "cuda":
+            _be_deterministic()
+        torch.manual_seed(settings.seed)
+        _, channels, *sides = data.x.shape
+        classes = len(data.classes)
+        model = models.build(settings.model, channels, classes, min(sides))
+        self.model = model.to(self.device)
+        self.optimizer = optimizers.build(settings, model)
+        self.schedule = optimizers.schedule(settings, self.optimizer, self.steps)
+        float16 = settings.precision == "float16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=float16)
+        self.epoch = self.batch = 0
+        self.history: list[dict[str, Any]] = []
+        self._totals, self._lr = self._zero(), 0.0
+        self._x = torch.from_numpy(data.x)
+        self._y = torch.from_numpy(data.y)
+        self._moments = [
+            torch.from_numpy(m)[:, None, None].to(self.device) for m in data.moments
+        ]
+
+    @property
+    def steps(self) -> int:
+        """How many steps the whole training has."""
+        return self.settings.epochs * self.batches
+
+    @property
+    def step(self) -> int:
+        """How many of them are done."""
+        return self.epoch * self.batches + self.batch
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss of the last epoch was not finite."""
+        return bool(self.history) and self.history[-1]["train_loss"] is None
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.diverged or self.epoch == self.settings.epochs
+
+    def run(self) -> Iterator[None]:
+        """Train, and pause after every step."""
+        while not self.finished:
+            order = self._order()
+            while self.batch < self.batches:
+                size = self.settings.batch_size
+                self._step(order[self.batch * size :][:size])
+                self.batch += 1
+                if self.batch == self.batches:
+                    break
+                yield
+            self._end_epoch()
+            yield
+
+    def measured(self) -> dict[str, float]:
+        """Return the measures of this epoch so far, by name; waits for the device.
+
+        They are the rate of the last step, mean loss and accuracy of the images while
+        they were trained on and, for LARS, the spread of the trust ratios.
+        """
+        loss, correct, seen = self._totals.tolist()
+        found = {
+            "lr": self._lr,
+            "train_loss": loss / seen,
+            "train_accuracy": correct / seen,
+        }
+        if ratios := self._ratios():
+            found["ratio_min"] = min(ratios)
+            found["ratio_median"] = median(ratios)
+            found["ratio_max"] = max(ratios)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the rest of the training depends on.
+
+        No generator is among it: the order of an epoch follows from the seed and the
+        epoch, and nothing else is drawn.
+        """
+        return {
+            "settings": asdict(self.settings),
+            "data": self.data.fingerprint,
+            "classes": self.data.classes,
+            "moments": [m.flatten().tolist() for m in self._moments],
+            "threads": torch.get_num_threads(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "totals": self._totals,
+            "history": self.history,
+            **{name: part.state_dict() for name, part in self._parts().items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned for equal settings and data."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        torch.set_num_threads(state["threads"])
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self._totals = state["totals"].to(self.device)
+        self.history = state["history"]
+
+    def _parts(self) -> dict[str, Any]:
+        names = ("model", "optimizer", "schedule", "scaler")
+        return {name: getattr(self, name) for name in names}
+
+    def _zero(self) -> Tensor:
+        """Sum of losses, number right, and number seen."""
+        return torch.zeros(3, device=self.device)
+
+    def _order(self) -> Tensor:
+        seed = self.settings.seed * 2**31 + self.epoch
+        generator = torch.Generator().manual_seed(seed)
+        train = torch.from_numpy(self.data.train)
+        return train[torch.randperm(len(train), generator=generator)]
+
+    def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        mean, deviation = self._moments
+        x = self._x[indices].to(self.device, torch.float32)
+        return (x - mean) / deviation, self._y[indices].to(self.device)
+
+    def _mixed(self) -> torch.autocast:
+        dtype = getattr(torch, self.settings.precision)
+        enabled = dtype != torch.float32
+        return torch.autocast(self.device.type, dtype if enabled else None, enabled)
+
+    def _loss(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the summed loss of some images, and `_zero`'s numbers for them."""
+        x, y = self._batch(indices)
+        with self._mixed():
+            logits = self.model(x)
+        loss = cross_entropy(logits.float(), y, reduction="sum")
+        right = (logits.argmax(1) == y).sum()
+        return loss, torch.stack(
+            [loss.detach(), right, torch.ones_like(right) * len(y)]
+        )
+
+    def _step(self, indices: Tensor) -> None:
+        self.model.train()
+        self.optimizer.zero_grad()
+        for part in indices.tensor_split(self.settings.accumulate):
+            loss, totals = self._loss(part)
+            self.scaler.scale(loss / len(indices)).backward()
+            self._totals += totals
+        self._lr = self.optimizer.param_groups[0]["lr"]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+
+    @torch.no_grad()
+    def _evaluate(self) -> tuple[float, float]:
+        self._settle_batch_norm()
+        self.model.eval()
+        totals = self._zero()
+        for part in torch.from_numpy(self.data.test).split(EVALUATED_AT_ONCE):
+            totals += self._loss(part)[1]
+        loss, correct, seen = totals.tolist()
+        return loss / seen, correct / seen
+
+    def _settle_batch_norm(self) -> None:
+        """Measure the statistics of batch norm anew, with the weights as they are.
+
+        Their moving averages lag behind the weights by some 20 steps, which is all of a
+        training in few large batches.
+        """
+        train = torch.from_numpy(self.data.train)
+        parts = train.tensor_split(math.ceil(len(train) / EVALUATED_AT_ONCE))
+        with self._mixed():
+            update_bn((self._batch(part)[0] for part in parts), self.model)
+
+    def _ratios(self) -> list[float]:
+        """Return the trust ratios of the last step, of the layers that have one."""
+        if not isinstance(self.optimizer, LARS):
+            return []
+        lengths = self.optimizer.lengths()
+        return [
+            lengths[name].ratio
+            for group in self.optimizer.param_groups
+            for name, adapt in zip(group["param_names"], group["adapt"], strict=True)
+            if adapt
+        ]
+
+    def _end_epoch(self) -> None:
+        self.epoch, self.batch = self.epoch + 1, 0
+        entry = {"epoch": self.epoch, "step": self.step, **self.measured()}
+        last = self.epoch == self.settings.epochs or not math.isfinite(
+            entry["train_loss"]
+        )
+        if last or not self.test_last:
+            entry["test_loss"], entry["test_accuracy"] = self._evaluate()
+        # JSON has no NaN
+        self.history.append(
+            {name: x if math.isfinite(x) else None for name, x in entry.items()}
+        )
+        self._totals = self._zero()
+
+
+def _device(settings: Settings) -> torch.device:
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as why:
+        reason = str(why).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used: {reason}") from why
+    if settings.precision == "float16" and device.type == "cpu":
+        raise InputError("--precision float16 needs a GPU: take bfloat16 on a CPU")
+    return device
+
+
+def check(settings: Settings, data: Data) -> torch.device:
+    """Return the device, or raise `InputError` where machine or data do not fit."""
+    images = len(data.train)
+    if settings.batch_size > images:
+        raise InputError(
+            f"--batch-size {settings.batch_size} is larger than the {images} images "
+            "there are to train on"
+        )
+    smallest = settings.batch_size // settings.accumulate
+    if smallest < 2 and settings.model != "convnet-plain":
+        raise InputError(
+            f"--batch-size {settings.batch_size} with --accumulate "
+            f"{settings.accumulate} leaves {smallest} image at a time, but batch norm "
+            "needs 2"
+        )
+    return _device(settings)
+
+
+def _be_deterministic() -> None:
+    """Have CUDA add in a fixed order, as the CPU does anyway."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)

@@ -1,0 +1,394 @@
+"""LARS as an object that changes variables in place: `brainpy.optim.LARS`, anew."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from larskit import rule
+from larskit.arrays import check_floating, is_array
+from larskit.config import Config, check_lr, is_number
+from larskit.jax.variables import Node, Variable, family, fitting, native, read, write
+
+
+class LARS(Node):
+    r"""Layer-wise adaptive rate scaling of variables: each is one layer.
+
+    Every layer is adapted and decayed:
+
+    .. math::
+        r &= \eta |w| / (|g| + \lambda |w| + \epsilon) \\
+        v' &= \mu v + \mathrm{lr} \, r \, (g + \lambda w) \\
+        w' &= w - v'
+
+    with r = 1 where \|w\| or \|g\| is 0.
+
+    Parameters
+    ----------
+    lr : float, 0-d array, variable, scheduler, or callable
+        The learning rate, at least 0. A scheduler is an object that returns it when
+        called without arguments, and whose ``step_call()`` is called after each update,
+        as those of BrainPy. Another callable is called with the number of updates made,
+        from 0, as the schedules of optax.
+    train_vars : dict of str to variable, optional
+        The weights: `TrainVar`, ``flax.nnx.Param`` or ``brainpy.math.TrainVar``, all of
+        one family; see `register_train_vars`. The optimizer's own state is made of
+        variables of that family, so that its transformations see them.
+    momentum : float, default=0.9
+        mu, at least 0 and below 1.
+    weight_decay : float, default=0.0001
+        lambda, at least 0.
+    tc : float, default=0.001
+        eta, the trust coefficient, above 0.
+    eps : float, default=1e-05
+        At least 0.
+    name : str, optional
+        A Python identifier that no other object bears; by default ``LARS0``, ``LARS1``
+        and so on.
+
+    Attributes
+    ----------
+    vars_to_train : dict of str to variable
+        The weights.
+    implicit_vars : dict of str to variable
+        The momentum of the weight ``k``, of its shape and dtype, under ``k + "_m"``.
+    step_count : variable of shape () and int32
+        The number of updates made.
+    config : Config
+        The hyper-parameters.
+
+    Notes
+    -----
+    This is what ``brainpy.optim.LARS`` computes, and always has. The formula printed in
+    its documentation is another: `as_printed`.
+
+    The object is a pytree. With variables of ours it goes through `jax.jit` as an
+    argument and a result; with those of flax.nnx and BrainPy it may also be used as
+    their transformations allow. The weights are not among `vars`, and not in
+    `state_dict`: they belong to the model. `to` moves them all the same.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from larskit.jax import LARS, TrainVar
+    >>> @jax.jit
+    ... def step(optimizer, x, y):
+    ...     def loss(weights):
+    ...         return ((x @ weights["w"] - y) ** 2).mean()
+    ...
+    ...     weights = {key: w.value for key, w in optimizer.vars_to_train.items()}
+    ...     optimizer.update(jax.grad(loss)(weights))
+    ...     return optimizer
+    >>> optimizer = LARS(10.0, {"w": TrainVar([3.0, 4.0])})
+    >>> optimizer = step(optimizer, jax.numpy.eye(2), jax.numpy.zeros(2))
+    >>> optimizer.vars_to_train["w"]
+    TrainVar(Array([2.97, 3.96], dtype=float32))
+    """
+
+    config: Config
+    vars_to_train: dict[str, Any]
+    step_count: Any
+
+    def __init__(
+        self,
+        lr: Any,
+        train_vars: Mapping[str, Any] | None = None,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0001,
+        tc: float = 0.001,
+        eps: float = 1e-05,
+        name: str | None = None,
+    ) -> None:
+        """Start from momenta of zero."""
+        super().__init__()
+        self.config = Config(
+            momentum=momentum,
+            weight_decay=weight_decay,
+            trust_coefficient=tc,
+            eps=eps,
+        )
+        self.lr = lr
+        self.step_count = Variable(0, "int32")
+        self.vars_to_train = {}
+        self.register_train_vars(train_vars)
+        self.name = name
+
+    @classmethod
+    def as_printed(
+        cls,
+        lr: Any,
+        train_vars: Mapping[str, Any] | None = None,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0001,
+        tc: float = 0.001,
+        eps: float = 1e-05,
+        name: str | None = None,
+    ) -> Self:
+        r"""Make the optimizer that the documentation of ``brainpy.optim.LARS`` prints.
+
+        The momentum is an average, and its length stands in the denominator:
+
+        .. math::
+            v' &= \mu v + (1 - \mu) (g + \lambda w) \\
+            w' &= w - \mathrm{lr} \, \frac{\eta |w|}{|v'| + \epsilon} \, v'
+
+        with a ratio of 1 where \|w\| or \|v'\| is 0. That is the LARS of the LAMB paper
+        (arXiv 1904.00962). With ``tc=1`` and ``eps=0`` it is the printed formula to the
+        letter.
+
+        Parameters
+        ----------
+        lr, train_vars, momentum, weight_decay, tc, eps, name
+            As those of the class.
+
+        Returns
+        -------
+        LARS
+        """
+        printed = cls(lr, train_vars, momentum, weight_decay, tc, eps, name)
+        printed.config = replace(
+            printed.config,
+            denominator="momentum",
+            lr_placement="outside",
+            dampening=momentum,
+        )
+        return printed
+
+    @property
+    def lr(self) -> Any:
+        """The learning rate, as a callable: ``lr()`` is that of the next update.
+
+        A scheduler is returned as it is; of the others, ``lr(i)`` is the rate after `i`
+        updates. It may be set to all that the class takes; a float is a constant of a
+        compiled function, so that another makes JAX compile anew.
+        """
+        lr = self.__dict__["lr"]
+        return lr if hasattr(lr, "step_call") else self._rate
+
+    @lr.setter
+    def lr(self, lr: Any) -> None:
+        if _is_constant(lr):
+            _check_constant(native(lr))
+        self.__dict__["lr"] = jnp.asarray(lr) if isinstance(lr, np.ndarray) else lr
+
+    def _rate(self, step: Any = None) -> Any:
+        lr = self.__dict__["lr"]
+        if _is_constant(lr):
+            return native(lr)
+        return lr(read(self.step_count) if step is None else step)
+
+    def __repr__(self) -> str:
+        """Show the hyper-parameters."""
+        config = self.config
+        how = ".as_printed" if config.denominator == "momentum" else ""
+        return (
+            f"{type(self).__name__}{how}(lr={self.__dict__['lr']!r}, "
+            f"momentum={config.momentum}, weight_decay={config.weight_decay}, "
+            f"tc={config.trust_coefficient}, eps={config.eps})"
+        )
+
+    def register_train_vars(self, train_vars: Mapping[str, Any] | None = None) -> None:
+        """Train more variables, from a momentum of zero.
+
+        Parameters
+        ----------
+        train_vars : dict of str to variable, optional
+            Variables of ours, of flax.nnx or of BrainPy, all of the same family, of any
+            shape and a floating or complex dtype. What is trained already under the
+            same name is left as it is.
+
+        Raises
+        ------
+        TypeError, ValueError
+            It is no dict of such variables, or a name or a variable is taken. None is
+            registered then.
+        """
+        new = self._checked({} if train_vars is None else train_vars)
+        if not new:
+            return
+        kind = family(next(iter(new.values())))
+        self.register_implicit_vars(
+            {f"{key}_m": kind(jnp.zeros_like(read(w))) for key, w in new.items()}
+        )
+        self.vars_to_train.update(new)
+        if family(self.step_count) is not kind:
+            self.step_count = kind(read(self.step_count))
+
+    def _checked(self, train_vars: Any) -> dict[str, Any]:
+        """Return those that are new, after checking them together with the others."""
+        if not isinstance(train_vars, Mapping):
+            raise TypeError(
+                f"train_vars is a {type(train_vars).__name__}, expected a dict of "
+                "variables by name"
+            )
+        known = self.vars_to_train
+        new = {key: w for key, w in train_vars.items() if known.get(key) is not w}
+        for key, w in new.items():
+            _check_trainable(key, w)
+            if key in known:
+                raise ValueError(
+                    f"train_vars[{key!r}] is another variable than the one trained "
+                    "under that name: choose another name"
+                )
+        named = {**known, **new}
+        if len({id(w) for w in named.values()}) < len(named):
+            raise ValueError(
+                f"train_vars holds one variable under two names, among {[*named]}: "
+                "register it once"
+            )
+        if len({family(w) for w in named.values()}) > 1:
+            raise TypeError(
+                "train_vars mixes variables of larskit.jax, flax.nnx or brainpy: use "
+                "one optimizer for each"
+            )
+        return new
+
+    def register_vars(self, train_vars: Mapping[str, Any] | None = None) -> None:
+        """Do `register_train_vars`, under its old name."""
+        warnings.warn("use register_train_vars() instead", stacklevel=2)
+        self.register_train_vars(train_vars)
+
+    def train_vars(
+        self, method: str = "absolute", level: int = -1, include_self: bool = True
+    ) -> dict[str, Any]:
+        """Collect the weights, and the trainable variables of the nodes below.
+
+        Parameters
+        ----------
+        method, level, include_self
+            See `vars`.
+
+        Returns
+        -------
+        dict of str to variable
+        """
+        found = super().train_vars(method, level, include_self)
+        if include_self:
+            prefix = f"{self.name}." if method == "absolute" else ""
+            found.update({prefix + key: w for key, w in self.vars_to_train.items()})
+        return found
+
+    def check_grads(self, grads: Mapping[str, Any]) -> None:
+        """Refuse gradients that do not fit the weights.
+
+        Parameters
+        ----------
+        grads : mapping of str to array
+            See `update`.
+
+        Raises
+        ------
+        ValueError
+            One is missing, has no weight, or has another shape than its weight.
+        TypeError
+            One is no array, or has another dtype than its weight.
+        """
+        self._fitted(grads)
+
+    def _fitted(self, grads: Any) -> dict[str, Any]:
+        if not isinstance(grads, Mapping):
+            raise TypeError(
+                f"grads is a {type(grads).__name__}, expected a dict of gradients by "
+                "the names of the weights"
+            )
+        for fault, names in (
+            ("misses", [key for key in self.vars_to_train if key not in grads]),
+            ("has the extra", [key for key in grads if key not in self.vars_to_train]),
+        ):
+            if names:
+                raise ValueError(
+                    f"grads {fault} {', '.join(map(repr, names))}, expected one for "
+                    f"each of {', '.join(map(repr, self.vars_to_train))}"
+                )
+        return {
+            key: _fitted(grads[key], key, w) for key, w in self.vars_to_train.items()
+        }
+
+    def update(self, grads: Mapping[str, Any]) -> None:
+        """Move the weights one step along their gradients.
+
+        Parameters
+        ----------
+        grads : mapping of str to array
+            One for each weight, under its name, of its shape and dtype: arrays of JAX,
+            NumPy or BrainPy, or variables.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As `check_grads` does. Nothing has moved then.
+        """
+        fitted = self._fitted(grads)
+        lr = native(self.lr())
+        moved = []
+        for key, w in self.vars_to_train.items():
+            m = self.implicit_vars[f"{key}_m"]
+            new = rule.update(read(w), fitted[key], read(m), lr, self.config)
+            moved += [(w, new[0]), (m, new[1])]
+        for variable, value in (*moved, (self.step_count, read(self.step_count) + 1)):
+            write(variable, value)
+        if scheduler := getattr(self.__dict__["lr"], "step_call", None):
+            scheduler()
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
+        """Return what JAX may trace, and the rest, see `tree_unflatten`.
+
+        Returns
+        -------
+        dynamic_values : tuple
+            The weights, the state, and a learning rate that is an array, a variable or
+            a pytree.
+        aux : tuple
+            Everything else; hashable.
+
+        Raises
+        ------
+        TypeError
+            The learning rate is a scheduler that is no pytree, whose count JAX would
+            not see.
+        """
+        lr = self.__dict__["lr"]
+        if hasattr(lr, "step_call") and jax.tree_util.all_leaves([lr]):
+            raise TypeError(
+                f"the scheduler {lr!r} is no pytree, so that JAX cannot pass its state "
+                "on: register its class in jax.tree_util, or pass a callable of the "
+                "step count as lr"
+            )
+        return super().tree_flatten()
+
+
+def _is_constant(lr: Any) -> bool:
+    return family(lr) is not None or not callable(lr)
+
+
+def _check_constant(lr: Any) -> None:
+    check_lr(lr)
+    if not (is_number(lr) or is_array(lr)):
+        raise TypeError(
+            f"lr is a {type(lr).__name__}, expected a number, a variable, a scheduler "
+            "or a callable of the step count"
+        )
+    if np.shape(lr):
+        raise ValueError(f"lr has the shape {np.shape(lr)}, expected one number")
+
+
+def _check_trainable(key: Any, w: Any) -> None:
+    if not isinstance(key, str):
+        raise TypeError(f"train_vars has the key {key!r}, expected names")
+    if family(w) is None:
+        raise TypeError(
+            f"train_vars[{key!r}] is a {type(w).__name__}, expected a variable of "
+            "larskit.jax, flax.nnx or brainpy: wrap it in larskit.jax.TrainVar"
+        )
+    check_floating(read(w), f"train_vars[{key!r}]")
+
+
+def _fitted(gradient: Any, key: str, w: Any) -> Any:
+    what = f"grads[{key!r}]"
+    if not is_array(native(gradient)):
+        raise TypeError(f"{what} is a {type(gradient).__name__}, expected an array")
+    return fitting(gradient, read(w), what)
