@@ -103,6 +103,28 @@ def test_atomic_replaces_bytes_and_text(tmp_path, mode, content):
     assert os.listdir(tmp_path) == ["results.json"]
 
 
+def test_who_reads_the_old_file_reads_it_to_its_end(tmp_path):
+    file = tmp_path / "state"
+    file.write_text("old")
+    with file.open() as reader:
+        with atomic(file) as opened:
+            opened.write(b"new")
+        assert reader.read() == "old"
+
+
+def test_the_bytes_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
+    sizes = []
+
+    def sync(descriptor):
+        assert not (tmp_path / "state").exists()
+        sizes.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with atomic(tmp_path / "state") as opened:
+        opened.write(b"new")
+    assert sizes == [3]
+
+
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, failure):
     file = tmp_path / "state"

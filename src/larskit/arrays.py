@@ -121,7 +121,7 @@ def scalar(value: Any, like: Any) -> Any:
         return value
     value = namespace(value).reshape(value, ())
     if framework(value) != framework(like):
-        return float(value)
+        return float(stop_gradient(value))
     name = dtype_name(like).replace("complex64", "float32")
     return cast(value, name.replace("complex128", "float64"))
 

@@ -378,9 +378,10 @@ def _rate(value: Any, w: Any, name: str) -> Any:
         value = namespace(value).reshape(value, ())
         if framework(value) == framework(w) != "numpy":
             return value
-    check_lr(value, name)
+    else:
+        check_lr(value, name)
     try:
-        value = float(value)
+        value = float(stop_gradient(value))
     except (TypeError, ValueError) as why:
         raise TypeError(
             f"{name} is a {type(value).__name__}, expected a number or an array of "

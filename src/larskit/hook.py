@@ -153,6 +153,7 @@ class GradientLARS:
         The step pre-hooks of the optimizer run first, whenever they were registered, on
         the gradients as they are: what they change in place (clipping, averaging over
         processes) stays, and is what gets rescaled. Post-hooks see the rescaled ones.
+        Of several attached hooks the last one acts first.
 
         `torch.amp.GradScaler` needs nothing. Fused optimizers get gradients that are
         still multiplied by the loss scale, and so does the result: the ratio does not

@@ -162,7 +162,9 @@ def test_a_loss_that_is_not_finite_ends_the_training(three):
 
 def test_bfloat16_is_mixed_precision(three):
     given = {"epochs": 2, "batch_size": 40}
-    wide, narrow = (trained(three, precision=p, **given) for p in ("float32", "bfloat16"))
+    wide, narrow = (
+        trained(three, precision=p, **given) for p in ("float32", "bfloat16")
+    )
     assert all(w.dtype == torch.float32 for w in narrow.model.parameters())
     assert not same(wide, narrow)
     assert narrow.history[-1]["test_loss"] == pytest.approx(

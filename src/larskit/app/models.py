@@ -44,7 +44,7 @@ class Mean(nn.Module):
 
 def _convnet(channels: int, classes: int, *, norm: bool) -> nn.Module:
     layers: list[nn.Module] = []
-    for width, pool in ((16, False), (32, True), (64, False)):
+    for width, pool in ((16, True), (32, False), (64, False)):
         layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=not norm))
         layers += [nn.BatchNorm2d(width)] * norm + [nn.ReLU()]
         layers += [nn.MaxPool2d(2, ceil_mode=True)] * pool

@@ -13,10 +13,16 @@ POWER = 2.0
 def build(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
     """Make the optimizer that `settings` name.
 
-    All of them decay the same layers: those with two or more dimensions.
+    All of them decay the same layers: those with two or more dimensions. Those are
+    also the ones that LARS adapts. The others step at ``lr * trust_coefficient``, so
+    that nothing but this product counts; at a rate of LARS itself, biases without batch
+    norm blow up. LARC, whose rates are those of SGD, has no need of that.
     """
     s = settings
-    groups = param_groups(model)
+    if s.optimizer == "lars":
+        groups = param_groups(model, excluded_lr=s.lr * s.trust_coefficient)
+    else:
+        groups = param_groups(model)
     if s.optimizer in ("lars", "larc"):
         return LARS(
             groups,
@@ -29,7 +35,7 @@ def build(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
         )
     plain = [
         {
-            "params": group["params"],
+            "params": [p for _, p in group["params"]],
             "weight_decay": s.weight_decay if group["decay"] else 0.0,
         }
         for group in groups

@@ -130,11 +130,9 @@ class Settings:
         self._fill_in()
         for name, (allowed, holds) in _NUMBERS.items():
             config.number(name, getattr(self, name), allowed, holds)
-        Config(
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            trust_coefficient=self.trust_coefficient or Config.trust_coefficient,
-        )
+        Config(momentum=self.momentum, weight_decay=self.weight_decay)
+        if self.trust_coefficient is not None:
+            Config(trust_coefficient=self.trust_coefficient)
         if self.image_size is not None:
             config.number("image_size", self.image_size, *_COUNT)
         if self.accumulate > self.batch_size:

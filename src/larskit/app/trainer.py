@@ -151,6 +151,8 @@ class Trainer:
         self.epoch, self.batch = state["epoch"], state["batch"]
         self._totals = state["totals"].to(self.device)
         self.history = state["history"]
+        if not 0 <= self.step <= self.steps:
+            raise ValueError(f"step {self.step} is not one of {self.steps}")
 
     def _parts(self) -> dict[str, Any]:
         names = ("model", "optimizer", "schedule", "scaler")

@@ -63,13 +63,15 @@ class LARS(Node):
 
     Notes
     -----
-    This is what ``brainpy.optim.LARS`` computes, and always has. The formula printed in
-    its documentation is another: `as_printed`.
+    This is what ``brainpy.optim.LARS`` 2.8.2 computes; older ones differ where \|g\| is
+    0. The formula printed in its documentation is another: `as_printed`.
 
-    The object is a pytree. With variables of ours it goes through `jax.jit` as an
-    argument and a result; with those of flax.nnx and BrainPy it may also be used as
-    their transformations allow. The weights are not among `vars`, and not in
-    `state_dict`: they belong to the model. `to` moves them all the same.
+    The object is a pytree: `jax.jit` takes it as an argument and returns it, weights
+    and all, as below. Under ``flax.nnx.jit`` and ``brainpy.math.jit`` the variables of
+    those families change in place.
+
+    The weights belong to the model: they are in `train_vars`, but not in `vars`,
+    `state_dict` and the files. `to` moves them all the same.
 
     Examples
     --------
@@ -304,9 +306,7 @@ class LARS(Node):
                     f"grads {fault} {', '.join(map(repr, names))}, expected one for "
                     f"each of {', '.join(map(repr, self.vars_to_train))}"
                 )
-        return {
-            key: _fitted(grads[key], key, w) for key, w in self.vars_to_train.items()
-        }
+        return {key: _gradient(grads, key, w) for key, w in self.vars_to_train.items()}
 
     def update(self, grads: Mapping[str, Any]) -> None:
         """Move the weights one step along their gradients.
@@ -387,8 +387,8 @@ def _check_trainable(key: Any, w: Any) -> None:
     check_floating(read(w), f"train_vars[{key!r}]")
 
 
-def _fitted(gradient: Any, key: str, w: Any) -> Any:
-    what = f"grads[{key!r}]"
-    if not is_array(native(gradient)):
-        raise TypeError(f"{what} is a {type(gradient).__name__}, expected an array")
-    return fitting(gradient, read(w), what)
+def _gradient(grads: Mapping[str, Any], key: str, w: Any) -> Any:
+    g, what = native(grads[key]), f"grads[{key!r}]"
+    if not is_array(g):
+        raise TypeError(f"{what} is a {type(g).__name__}, expected an array")
+    return fitting(g, read(w), what)

@@ -1,0 +1,193 @@
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from rich.console import Console
+
+from larskit.app import InputError, results, study
+from larskit.app.data import read
+from larskit.app.plot import plot
+from larskit.app.results import Point
+from larskit.app.settings import Settings
+from larskit.app.trainer import Trainer
+
+AXES = {
+    "models": ["convnet"],
+    "optimizers": ["sgd", "lars"],
+    "batch_sizes": [20],
+    "lrs": [("sgd", [0.1, 1e20]), ("lars", [1.0, 4.0])],
+    "seeds": 1,
+}
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def said(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def cells(few) -> list[Settings]:
+    return study.grid({"data": few, "epochs": 2}, **AXES)
+
+
+@pytest.fixture(scope="module")
+def done(cells, tmp_path_factory) -> tuple[Path, str]:
+    """Name the folder of a study by two processes, and what it said."""
+    out, shown = tmp_path_factory.mktemp("done"), console()
+    assert study.study(cells, str(out), jobs=2, console=shown) == 0
+    return out, said(shown)
+
+
+def test_the_grid_is_the_product_seed_by_seed():
+    axes = {"models": ["resnet18", "convnet"], "batch_sizes": [8, 16], "seeds": 2}
+    given = {"seed": 5, "epochs": 3, "trust_coefficient": 0.1}
+    cells = study.grid(given, optimizers=["sgd", "lars"], lrs=[("sgd", [1.0])], **axes)
+    lars = len(study.RECIPES["lars"].lrs)
+    assert len(cells) == len(set(cells)) == 2 * 2 * 2 * (1 + lars)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    assert {cell.seed for cell in cells} == {5, 6}
+    assert {cell.epochs for cell in cells} == {3}
+    assert {(cell.optimizer, cell.trust_coefficient) for cell in cells} == {
+        ("sgd", None),
+        ("lars", 0.1),
+    }
+
+
+def test_rates_of_an_optimizer_that_does_not_take_part_are_refused():
+    with pytest.raises(InputError, match="--lrs names 'adamw'"):
+        study.grid({}, **{**AXES, "lrs": [("adamw", [0.1])]})
+
+
+def test_every_cell_is_the_training_alone(done, cells, few):
+    found = results.load(done[0] / "results.json")
+    data = read(few)
+    assert len(found) == len(cells)
+    for cell in found:
+        trainer = Trainer(Settings(**cell["settings"]), data)
+        for _ in trainer.run():
+            pass
+        for name in results.MEASURES:
+            assert cell[name] == trainer.history[-1][name]
+        assert cell["data"] == data.fingerprint
+        assert cell["seconds"] > 0
+
+
+def test_a_divergence_is_a_result(done):
+    found = results.load(done[0] / "results.json")
+    (cell,) = (cell for cell in found if cell["settings"]["lr"] == 1e20)
+    assert cell["train_loss"] is None
+    assert cell["test_accuracy"] < 0.5
+    json.loads((done[0] / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_table_and_each_training_are_shown(done):
+    out, text = done
+    assert text.count("seed 0: ") == 4
+    assert re.search(r"convnet .* 20 .* sgd .* 0\.1 ", text)
+    assert re.search(r"convnet .* 20 .* lars ", text)
+    assert f"{out / 'results.json'}" in text
+
+
+def test_the_table_names_the_rates_near_the_best_of_the_panel():
+    points = [Point(lr, mean, mean - 0.01, 1.0) for lr, mean in ((1, 0.97), (2, 0.99))]
+    curves = {("m", 8): {"lars": points, "sgd": [Point(0.5, 0.981, 0.9, 1.0)]}}
+    shown = console()
+    shown.print(study.table({**curves, ("m", 9): {"adamw": [Point(3, 0.5, 0.5, 0.5)]}}))
+    rows = [re.split(r" *│ *", line)[1:-1] for line in said(shown).splitlines()]
+    assert ["m", "8", "lars", "99.00%", "98.00% to 100.00%", "2", "2"] in rows
+    assert ["m", "8", "sgd", "98.10%", "90.00% to 100.00%", "0.5", "0.5"] in rows
+    assert ["m", "9", "adamw", "50.00%", "50.00% to 50.00%", "3", "3"] in rows
+
+
+def test_the_picture_is_a_png_with_a_panel_per_model_and_batch_size(done, tmp_path):
+    image = matplotlib.image.imread(done[0] / "study.png")
+    assert min(image.shape[:2]) > 300
+    colours = np.unique((255 * image[..., :3]).astype(int).reshape(-1, 3), axis=0)
+    assert len(colours) > 50
+    points = [Point(lr, 0.5, 0.4, 0.6) for lr in (0.1, 1.0)]
+    curves = {(m, b): {"lars": points} for m in ("m", "n", "o") for b in (1, 2)}
+    plot(curves, tmp_path / "large.png")
+    large = matplotlib.image.imread(tmp_path / "large.png")
+    assert large.shape[0] > 2 * image.shape[0]
+    assert large.shape[1] > 1.5 * image.shape[1]
+
+
+def test_what_is_known_is_not_trained_again(done, cells, monkeypatch):
+    monkeypatch.setattr(study, "_run", None)
+    shown = console()
+    assert study.study(cells, str(done[0]), jobs=2, console=shown) == 0
+    assert "lars" in said(shown)
+
+
+def test_a_larger_study_trains_what_is_missing(done, cells, few, monkeypatch):
+    asked = []
+
+    def run(missing, *rest):
+        asked.extend(missing)
+        return 130
+
+    monkeypatch.setattr(study, "_run", run)
+    before, shown = (done[0] / "results.json").read_bytes(), console()
+    more = study.grid({"data": few, "epochs": 2}, **{**AXES, "seeds": 2})
+    assert study.study(more, str(done[0]), jobs=2, console=shown) == 130
+    assert {cell.seed for cell in asked} == {1}
+    assert len(asked) == 4
+    assert "4 of 8 trainings are in" in said(shown)
+    other = study.grid({"data": few, "epochs": 3}, **AXES)
+    study.study(other, str(done[0]), jobs=2, console=console())
+    assert asked[4:] == other
+    assert (done[0] / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"data": "none"}, "does not exist"),
+        ({"batch_sizes": [20, 999]}, "--batch-size 999 is larger"),
+        ({"batch_sizes": [1]}, "batch norm needs 2"),
+        ({"device": "nonsense"}, "--device nonsense"),
+    ],
+)
+def test_bad_input_leaves_no_folder(few, tmp_path, given, message):
+    axes = {**AXES, "batch_sizes": given.pop("batch_sizes", [20])}
+    with pytest.raises(InputError, match=message):
+        cells = study.grid({"data": few, **given}, **axes)
+        study.study(cells, str(tmp_path / "out"), jobs=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_foreign_results_file_is_not_overwritten(cells, tmp_path):
+    (tmp_path / "results.json").write_text("my results")
+    with pytest.raises(InputError, match="torn, or no result of larskit study"):
+        study.study(cells, str(tmp_path), jobs=1)
+    assert (tmp_path / "results.json").read_text() == "my results"
+
+
+def test_ctrl_c_keeps_what_is_finished(few, tmp_path):
+    command = [sys.executable, "-W", "error", "-m", "larskit", "study", "--data", few]
+    flags = ["--out", str(tmp_path), "--epochs", "2", "--batch-sizes", "20"]
+    flags += ["--seeds", "999", "--jobs", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command + flags, start_new_session=True, **pipes)
+    while process.poll() is None and not (tmp_path / "results.json").exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert errors == ""
+    kept = results.load(tmp_path / "results.json")
+    assert f"{len(kept)} of {999 * 14} trainings are in" in output
+    assert 1 <= len(kept) < 999
