@@ -86,17 +86,26 @@ def test_bad_input_is_one_sentence(capsys, tmp_path, monkeypatch, arguments, mes
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("missing", ["torch", "rich", "sklearn", "matplotlib"])
-def test_a_missing_package_is_named(capsys, tmp_path, monkeypatch, missing):
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in sys.modules if name.startswith("larskit.app.")]:
-        monkeypatch.delitem(sys.modules, name)
-    for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, missing, None)
-    sentence = failing(capsys, "study")
-    assert f"{missing}" in sentence
-    assert "pip install 'larskit[app]'" in sentence
+def test_a_missing_package_is_named(tmp_path):
+    code = """
+import sys
+from larskit.cli import main
+
+for name in (missing := ["torch", "rich", "matplotlib", "sklearn"]):
+    sys.modules[name] = None
+for name in missing:
+    assert main(["study"]) == 2
+    print(name, file=sys.stderr)
+    del sys.modules[name]
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = result.stderr.splitlines()
+    for sentence, name in zip(lines[::2], lines[1::2], strict=True):
+        assert sentence.startswith(f"larskit: {name}")
+        assert "not installed: pip install 'larskit[app]'" in sentence
+    assert len(lines) == 8
     assert list(tmp_path.iterdir()) == []
 
 

@@ -45,6 +45,7 @@ def test_a_path_becomes_absolute(tmp_path, monkeypatch):
         ({"accumulate": 0}, "--accumulate must be"),
         ({"accumulate": 9, "batch_size": 8}, "--accumulate 9 is more than the 8 image"),
         ({"image_size": 0}, "--image-size must be"),
+        ({"threads": 0}, "--threads must be"),
         ({"seed": -1}, "--seed must be"),
         ({"warmup": 1.5}, "--warmup must be from 0 to 1"),
         ({"momentum": 1.0}, "--momentum must be at least 0 and below 1"),

@@ -30,10 +30,10 @@ class Recipe(NamedTuple):
 
 # The trust coefficient of "larc" is the one of NVIDIA's apex.
 RECIPES: dict[str, Recipe] = {
-    "lars": Recipe(4.0, 5e-4, 0.01, (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)),
-    "larc": Recipe(0.4, 5e-4, 0.02, (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)),
-    "sgd": Recipe(0.2, 5e-4, None, (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)),
-    "adamw": Recipe(0.01, 1e-2, None, (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)),
+    "lars": Recipe(4.0, 5e-4, 0.01, (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)),
+    "larc": Recipe(0.8, 5e-4, 0.02, (0.2, 0.4, 0.8, 1.6, 3.2, 6.4)),
+    "sgd": Recipe(0.2, 5e-4, None, (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)),
+    "adamw": Recipe(0.01, 1e-2, None, (0.001, 0.003, 0.01, 0.03, 0.1)),
 }
 
 
@@ -116,6 +116,9 @@ class Settings:
     device: str = field(
         default="auto", metadata=_help("cpu, cuda, cuda:1, ...; auto: a GPU if any")
     )
+    threads: int | None = field(
+        default=None, metadata=_help("of the CPU (default: all cores; in a study: 1)")
+    )
 
     def __post_init__(self) -> None:
         """Fill in what the optimizer decides, then check every field."""
@@ -133,8 +136,9 @@ class Settings:
         Config(momentum=self.momentum, weight_decay=self.weight_decay)
         if self.trust_coefficient is not None:
             Config(trust_coefficient=self.trust_coefficient)
-        if self.image_size is not None:
-            config.number("image_size", self.image_size, *_COUNT)
+        for name in ("image_size", "threads"):
+            if getattr(self, name) is not None:
+                config.number(name, getattr(self, name), *_COUNT)
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate {self.accumulate} is more than the {self.batch_size} "

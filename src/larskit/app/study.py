@@ -12,7 +12,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
@@ -71,6 +70,7 @@ def grid(
     return [
         Settings(
             **{
+                "threads": 1,
                 **_meant_for(optimizer, given),
                 "model": model,
                 "optimizer": optimizer,
@@ -105,7 +105,7 @@ def study(
     out : str
         The folder; made if need be.
     jobs : int
-        How many processes train at a time, each with one thread.
+        How many processes train at a time.
     console : rich.console.Console, optional
         Where to show progress and table.
 
@@ -223,7 +223,6 @@ _given: dict[str, Any] = {}
 
 def _begin(data: Data, stop: Any) -> None:
     """Prepare a process to train many times."""
-    torch.set_num_threads(1)
     _given.update(data=data, stop=stop)
 
 

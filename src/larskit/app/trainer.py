@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
@@ -17,14 +17,15 @@ from larskit.app.data import Data
 from larskit.app.settings import Settings
 from larskit.torch import LARS
 
-EVALUATED_AT_ONCE = 256
+EVALUATED_AT_ONCE, SETTLED_ON = 256, 8192
 
 
 class Trainer:
     """A model in training: equal settings and data give equal weights.
 
     Every epoch takes the images in a new order, in batches of `Settings.batch_size`;
-    what is left over waits for the next epoch.
+    what is left over waits for the next epoch. Before the test images are looked at, the
+    statistics of batch norm are measured anew.
 
     Parameters
     ----------
@@ -54,6 +55,8 @@ class Trainer:
         self.batches = len(data.train) // settings.batch_size
         if self.device.type == "cuda":
             _be_deterministic()
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         _, channels, *sides = data.x.shape
         classes = len(data.classes)
@@ -100,9 +103,8 @@ class Trainer:
                 size = self.settings.batch_size
                 self._step(order[self.batch * size :][:size])
                 self.batch += 1
-                if self.batch == self.batches:
-                    break
-                yield
+                if self.batch < self.batches:
+                    yield
             self._end_epoch()
             yield
 
@@ -130,12 +132,12 @@ class Trainer:
         No generator is among it: the order of an epoch follows from the seed and the
         epoch, and nothing else is drawn.
         """
+        settings = replace(self.settings, threads=torch.get_num_threads())
         return {
-            "settings": asdict(self.settings),
+            "settings": asdict(settings),
             "data": self.data.fingerprint,
             "classes": self.data.classes,
             "moments": [m.flatten().tolist() for m in self._moments],
-            "threads": torch.get_num_threads(),
             "epoch": self.epoch,
             "batch": self.batch,
             "totals": self._totals,
@@ -147,7 +149,6 @@ class Trainer:
         """Go on from what `state_dict` returned for equal settings and data."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        torch.set_num_threads(state["threads"])
         self.epoch, self.batch = state["epoch"], state["batch"]
         self._totals = state["totals"].to(self.device)
         self.history = state["history"]
@@ -185,9 +186,8 @@ class Trainer:
             logits = self.model(x)
         loss = cross_entropy(logits.float(), y, reduction="sum")
         right = (logits.argmax(1) == y).sum()
-        return loss, torch.stack(
-            [loss.detach(), right, torch.ones_like(right) * len(y)]
-        )
+        seen = torch.full_like(right, len(y))
+        return loss, torch.stack([loss.detach(), right, seen])
 
     def _step(self, indices: Tensor) -> None:
         self.model.train()
@@ -212,13 +212,13 @@ class Trainer:
         return loss / seen, correct / seen
 
     def _settle_batch_norm(self) -> None:
-        """Measure the statistics of batch norm anew, with the weights as they are.
+        """Measure the statistics of batch norm with the weights as they are.
 
-        Their moving averages lag behind the weights by some 20 steps, which is all of a
-        training in few large batches.
+        Moving averages lag behind by some 20 steps, which may be all of a training in
+        large batches: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021.
         """
-        train = torch.from_numpy(self.data.train)
-        parts = train.tensor_split(math.ceil(len(train) / EVALUATED_AT_ONCE))
+        some = torch.from_numpy(self.data.train[:SETTLED_ON])
+        parts = some.tensor_split(math.ceil(len(some) / EVALUATED_AT_ONCE))
         with self._mixed():
             update_bn((self._batch(part)[0] for part in parts), self.model)
 
@@ -237,10 +237,8 @@ class Trainer:
     def _end_epoch(self) -> None:
         self.epoch, self.batch = self.epoch + 1, 0
         entry = {"epoch": self.epoch, "step": self.step, **self.measured()}
-        last = self.epoch == self.settings.epochs or not math.isfinite(
-            entry["train_loss"]
-        )
-        if last or not self.test_last:
+        goes_on = self.epoch < self.settings.epochs
+        if not (self.test_last and goes_on and math.isfinite(entry["train_loss"])):
             entry["test_loss"], entry["test_accuracy"] = self._evaluate()
         # JSON has no NaN
         self.history.append(
@@ -255,7 +253,7 @@ def _device(settings: Settings) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as why:
         reason = str(why).splitlines()[0]
         raise InputError(f"--device {name} cannot be used: {reason}") from why

@@ -16,11 +16,15 @@ from weakref import WeakValueDictionary
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import get_opaque_trace_state
 from jax.tree_util import register_pytree_node_class
 
 from larskit import checkpoint
 from larskit.arrays import dtype_name
+
+try:
+    from jax.extend.core import get_opaque_trace_state
+except ImportError:  # where JAX is older
+    from jax.core import get_opaque_trace_state
 
 _owners: WeakValueDictionary[str, "Node"] = WeakValueDictionary()
 _numbers: defaultdict[str, Iterable[int]] = defaultdict(count)

@@ -111,15 +111,18 @@ def test_the_state_is_made_of_variables_of_brainpy():
 
 
 def test_a_scheduler_of_brainpy_is_a_node():
-    arguments = {"lr": SCHEDULES["exponential"](), "train_vars": network()}
+    lr = SCHEDULES["exponential"]()
+    lr.register_implicit_vars(extra=bm.Variable(jnp.ones(1)))
+    arguments = {"lr": lr, "train_vars": network()}
     ours, theirs = LARS(**arguments), brainpy.optim.LARS(**arguments)
     assert list(ours.nodes("relative")) == list(theirs.nodes("relative")) == ["", "lr"]
-    assert ours.nodes("relative")["lr"] is ours.lr is arguments["lr"]
+    assert ours.nodes("relative")["lr"] is ours.lr is lr
     assert set(ours.vars("relative")) == {
         "step_count",
         *(f"{key}_m" for key in network()),
         "lr.last_epoch",
         "lr.last_call",
+        "lr.extra",
     }
     own = {f"{ours.name}.step_count"}
     renamed = {key.replace(theirs.name, ours.name) for key in theirs.vars()}
