@@ -81,8 +81,11 @@ def test_defaults_are_the_documented_ones():
             assert f'{field.name} : {{"' in documented
         else:
             default = "1e-3" if field.default == 1e-3 else str(field.default)
-            assert f"default={default}\n" in documented.split(f"\n    {field.name} : ")[1][:30]
-    assert NAMES == tuple(field.name for field in dataclasses.fields(Config))
+            assert (
+                f"default={default}\n"
+                in documented.split(f"\n    {field.name} : ")[1][:30]
+            )
+    assert tuple(field.name for field in dataclasses.fields(Config)) == NAMES
 
 
 def test_frozen():

@@ -54,6 +54,7 @@ except ImportError as why:
 
 
 def test_an_unknown_name():
-    code = "import larskit\ntry: larskit.tensorflow\nexcept AttributeError as e: print(e)"
+    code = (
+        "import larskit\ntry: larskit.tensorflow\nexcept AttributeError as e: print(e)"
+    )
     assert python(code) == "module 'larskit' has no attribute 'tensorflow'"
-

@@ -23,6 +23,7 @@ def restated(w, g, v, lr, c):
     wd = c.weight_decay if c.decay else 0.0
     u = sign * g + wd * w
     length = lambda x: math.sqrt(float(np.sum(np.abs(x) ** 2)))  # noqa: E731
+    y = new_v = u
     if c.denominator == "momentum":
         old = np.zeros_like(w) if v is None else v
         new_v = c.momentum * old + (1 - c.dampening) * u
@@ -96,7 +97,9 @@ def test_ratio_of_one_layer(options, ratio):
 
 
 finite = st.floats(-1e3, 1e3, width=32)
-arrays = hnp.arrays(np.float64, hnp.array_shapes(max_dims=3, max_side=6), elements=finite)
+arrays = hnp.arrays(
+    np.float64, hnp.array_shapes(max_dims=3, max_side=6), elements=finite
+)
 
 
 def pairs():
@@ -114,9 +117,7 @@ def test_gradient_scale_does_not_matter(pair, denominator, scale):
     np.testing.assert_allclose(first, second, rtol=1e-12)
 
 
-@given(
-    pairs(), st.sampled_from(DENOMINATORS), st.floats(0.01, 10), st.floats(1e-4, 1)
-)
+@given(pairs(), st.sampled_from(DENOMINATORS), st.floats(0.01, 10), st.floats(1e-4, 1))
 def test_first_step_is_as_long_as_lr_eta_w(pair, denominator, lr, eta):
     w, g = pair
     config = Config(

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from larskit.config import Config
 from larskit.torch import LARS, param_groups
 
 
-def model(seed=0):
+def model(seed=0) -> Any:
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
@@ -49,10 +50,10 @@ ENGINES = [{"foreach": True}, {"foreach": False, "fused": False}, {}]
     ],
     ids=str,
 )
-def test_steps_follow_the_rule(engine, options):
+def test_steps_follow_the_rule(engine: Any, options: Any):
     net = model()
     optimizer = LARS(net.parameters(), lr=1.0, **engine, **options)
-    own = {k: v for k, v in options.items() if k not in ("adapt", "decay")}
+    own: Any = {k: v for k, v in options.items() if k not in ("adapt", "decay")}
     expected = [(w, None) for w in weights(net)]
     for step in range(4):
         optimizer.param_groups[0]["lr"] = lr = 1.0 / (1 + step)
@@ -232,8 +233,10 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(way):
         other = LARS(twin.named_parameters(), 0.1, adapt=True)
         other.load_state_dict(torch.load(file, weights_only=True))
     else:
-        copies = copy.deepcopy if way == "deepcopy" else lambda x: pickle.loads(
-            pickle.dumps(x)
+        copies = (
+            copy.deepcopy
+            if way == "deepcopy"
+            else lambda x: pickle.loads(pickle.dumps(x))
         )
         twin, other = copies((net, optimizer))
     assert other.param_groups[0]["adapt"] == optimizer.param_groups[0]["adapt"]
@@ -320,7 +323,7 @@ def test_bad_parameters():
     with pytest.raises(ValueError, match="empty parameter list"):
         LARS([], 1.0)
     net = model()
-    with pytest.raises(ValueError, match="decay='bn.*' matches no parameter"):
+    with pytest.raises(ValueError, match=r"decay='bn.*' matches no parameter"):
         LARS(net.named_parameters(), 1.0, decay="bn.*")
 
 
@@ -421,8 +424,9 @@ class TestParamGroups:
 
     @pytest.mark.parametrize("what", ["adapt", "decay"])
     def test_a_pattern_that_matches_nothing(self, what):
+        options: Any = {what: "head.*"}
         with pytest.raises(ValueError, match=f"{what}='head.*' matches no parameter"):
-            param_groups(model(), **{what: "head.*"})
+            param_groups(model(), **options)
 
     def test_a_model_without_parameters(self):
         with pytest.raises(ValueError, match="ReLU has no parameter"):

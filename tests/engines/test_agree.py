@@ -1,6 +1,7 @@
 """Every engine against the reference, on one table of options, dtypes and layers."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def ulps(dtype, *operands):
     return (4 if dtype == torch.float64 else 2) * ulp
 
 
-def one_step(engine, state, g, lr, config):
+def one_step(engine, state, g, lr, config) -> Any:
     w, v = ([None if x is None else x.clone() for x in column] for column in state)
     return (w, v), engine.step_(w, [x.clone() for x in g], v, lr, config)
 
@@ -63,7 +64,7 @@ def test_each_step_agrees_with_the_reference(name, config):
     for dtype in DTYPES:
         generator = torch.Generator().manual_seed(0)
         w = layers(dtype, generator)
-        state = w, [None] * len(w)
+        state: Any = w, [None] * len(w)
         for lr in (0.5, 1.5, torch.tensor(0.3), 0.0):
             g = layers(dtype, generator)
             new, lengths = one_step(reference, state, g, lr, config)
@@ -111,7 +112,8 @@ def test_gradients_keep_their_bits(engine):
 
 @pytest.mark.parametrize("engine", [reference, *ENGINES.values()])
 def test_a_new_buffer_shares_no_memory(engine):
-    w, g, v = [torch.ones(3)], [torch.ones(3)], [None]
+    w, g = [torch.ones(3)], [torch.ones(3)]
+    v: list[Any] = [None]
     engine.step_(w, g, v, 1.0, Config(adapt=False))
     assert len({x.data_ptr() for x in (w[0], g[0], v[0])}) == 3
 
@@ -119,8 +121,8 @@ def test_a_new_buffer_shares_no_memory(engine):
 @pytest.mark.parametrize("engine", [reference, *ENGINES.values()])
 def test_layers_with_and_without_a_buffer_in_one_call(engine):
     config = Config(adapt=False, dampening=0.5)
-    w, g, v = ([torch.ones(2), torch.ones(2)] for _ in range(3))
-    v[1] = None
+    w, g = ([torch.ones(2), torch.ones(2)] for _ in range(2))
+    v: list[Any] = [torch.ones(2), None]
     engine.step_(w, g, v, 1.0, config)
     torch.testing.assert_close(v, [torch.full((2,), 1.4), torch.ones(2)])
     torch.testing.assert_close(w, [torch.full((2,), -0.4), torch.zeros(2)])

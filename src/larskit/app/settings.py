@@ -30,10 +30,10 @@ class Recipe(NamedTuple):
 
 # The trust coefficient of "larc" is the one of NVIDIA's apex.
 RECIPES: dict[str, Recipe] = {
-    "lars": Recipe(4.0, 5e-4, 0.01, (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)),
-    "larc": Recipe(0.8, 5e-4, 0.02, (0.2, 0.4, 0.8, 1.6, 3.2, 6.4)),
+    "lars": Recipe(4.0, 5e-4, 0.01, (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)),
+    "larc": Recipe(0.8, 5e-4, 0.02, (0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)),
     "sgd": Recipe(0.2, 5e-4, None, (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)),
-    "adamw": Recipe(0.01, 1e-2, None, (0.001, 0.003, 0.01, 0.03, 0.1)),
+    "adamw": Recipe(0.01, 1e-2, None, (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)),
 }
 
 

@@ -24,8 +24,8 @@ class Trainer:
     """A model in training: equal settings and data give equal weights.
 
     Every epoch takes the images in a new order, in batches of `Settings.batch_size`;
-    what is left over waits for the next epoch. Before the test images are looked at, the
-    statistics of batch norm are measured anew.
+    what is left over waits for the next epoch. Before it is tested, the statistics of
+    batch norm are measured anew.
 
     Parameters
     ----------
