@@ -40,7 +40,7 @@ def rows() -> dict[str, Callable[[list[torch.Tensor]], Optimizer]]:
 def parameters() -> list[torch.Tensor]:
     """Return ResNet-50's parameters with random gradients."""
     torch.manual_seed(0)
-    found = list(build("resnet50", channels=3, classes=1000).parameters())
+    found = list(build("resnet50", channels=3, classes=1000, size=224).parameters())
     for p in found:
         p.grad = torch.randn_like(p) * 1e-2
     return found

@@ -45,9 +45,9 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_the_package_is_a_command():
+def test_the_package_is_a_command(tmp_path):
     command = [sys.executable, "-m", "larskit", "train", "--lr", "0"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == "larskit: --lr must be a finite number above 0, got 0.0\n"
@@ -91,8 +91,8 @@ def test_a_missing_package_is_named(tmp_path):
 import sys
 from larskit.cli import main
 
-for name in (missing := ["torch", "rich", "matplotlib", "sklearn"]):
-    sys.modules[name] = None
+missing = ["torch", "rich", "matplotlib", "sklearn"]
+sys.modules.update(dict.fromkeys(missing))
 for name in missing:
     assert main(["study"]) == 2
     print(name, file=sys.stderr)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from larskit.app import InputError, results
@@ -21,7 +20,7 @@ from larskit.app.data import Data, read
 from larskit.app.plot import plot
 from larskit.app.results import Cell, Curves
 from larskit.app.settings import RECIPES, Settings
-from larskit.app.train import prepare, stopping
+from larskit.app.train import prepare, progress_bar, stopping
 from larskit.app.trainer import Trainer, check
 
 POLL = 0.2
@@ -139,9 +138,10 @@ def study(
         with _display(len(wanted), len(missing), console) as show:
             code = _run(missing, data, min(jobs, len(missing)), keep, show)
     if code:
+        why = "A process died, perhaps for want of memory. " if code == 1 else ""
         console.print(
-            f"{sum(key in known for key in wanted)} of {len(wanted)} trainings are in "
-            f"{path}; the same command goes on from there.",
+            f"{why}{sum(key in known for key in wanted)} of {len(wanted)} trainings "
+            f"are in {path}; the same command goes on from there.",
             soft_wrap=True,
         )
         return code
@@ -154,10 +154,20 @@ def study(
 
 def table(curves: Curves) -> Table:
     """Show the best rate of each optimizer, and the rates that are nearly as good."""
-    made = Table(title="Accuracy on the test images")
-    for heading in ("model", "batch", "optimizer", "best", "over seeds", "at lr"):
-        made.add_column(heading)
-    made.add_column(f"rates within {USABLE:.0%} of the panel's best")
+    headings = (
+        "model",
+        "batch",
+        "optimizer",
+        "best",
+        "over seeds",
+        "at lr",
+        "good lrs",
+    )
+    made = Table(
+        *headings,
+        title="Accuracy on the test images",
+        caption=f"good lrs: within {USABLE:.0%} of the best that any optimizer does",
+    )
     for (model, batch_size), optimizers in curves.items():
         top = max(point.mean for points in optimizers.values() for point in points)
         for optimizer, points in optimizers.items():
@@ -167,7 +177,7 @@ def table(curves: Curves) -> Table:
                 str(batch_size),
                 optimizer,
                 f"{best.mean:.2%}",
-                f"{best.low:.2%} to {best.high:.2%}",
+                f"{100 * best.low:.1f}-{100 * best.high:.1f}",
                 f"{best.lr:g}",
                 " ".join(f"{p.lr:g}" for p in points if p.mean >= top - USABLE) or "-",
             )
@@ -190,21 +200,20 @@ def _run(
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     pool = ProcessPoolExecutor(jobs, context, _begin, (data, stop))
-    with stopping() as signals, pool:
+    with stopping() as signals:
         with _deaf():
             pending = {pool.submit(_measure, settings) for settings in missing}
-        while pending and not signals:
-            done, pending = wait(pending, POLL, FIRST_COMPLETED)
-            for future in done:
-                try:
-                    cell = future.result()
-                except BrokenProcessPool:
-                    return 1
-                if cell is not None:
+        try:
+            while pending and not signals:
+                done, pending = wait(pending, POLL, FIRST_COMPLETED)
+                for cell in filter(None, [future.result() for future in done]):
                     keep(cell)
                     show(cell)
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+        except BrokenProcessPool:
+            return 1
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
     return 128 + signals[0] if pending else 0
 
 
@@ -247,15 +256,7 @@ def _display(
     total: int, missing: int, console: Console
 ) -> Iterator[Callable[[Cell], None]]:
     """Show a bar on a terminal, elsewhere one line per training."""
-    columns = ("{task.description}", BarColumn(None), MofNCompleteColumn())
-    bar = Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        expand=True,
-        disable=not console.is_terminal,
-    )
-    with bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("", total=total, completed=total - missing)
 
         def show(cell: Cell) -> None:

@@ -65,12 +65,12 @@ def train(
     """
     console, folder = console or Console(), Path(out)
     state = _stored(folder, given) if resume else None
+    settings = Settings(**(state["settings"] if state else given))
     if not (resume or overwrite) and (folder / CHECKPOINT).exists():
         raise InputError(
             f"--out {out} holds a training already: pass --resume to go on with it, "
             "--overwrite to lose it, or another folder"
         )
-    settings = Settings(**(state["settings"] if state else given))
     trainer = Trainer(settings, read(settings.data, settings.image_size))
     if state:
         _restore(trainer, state, folder / CHECKPOINT)
@@ -116,6 +116,19 @@ def stopping() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def progress_bar(console: Console) -> Progress:
+    """Make a bar with a line of text, which shows nothing unless on a terminal."""
+    return Progress(
+        "{task.description}",
+        BarColumn(None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        expand=True,
+        disable=not console.is_terminal,
+    )
+
+
 def _stored(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Read a checkpoint, and refuse settings that are not its own."""
     path = folder / CHECKPOINT
@@ -126,12 +139,12 @@ def _stored(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"--resume: there is no {path}") from None
     except Exception as why:  # whatever a foreign file makes of its reader
         raise _not_ours(path) from why
-    for name, wanted in given.items():
-        asked = getattr(Settings(**{**state["settings"], name: wanted}), name)
-        if asked != getattr(stored, name):
+    asked = Settings(**given)
+    for name in given:
+        if getattr(asked, name) != getattr(stored, name):
             raise InputError(
-                f"--{name.replace('_', '-')} {wanted} is not what {folder} was begun "
-                f"with, {getattr(stored, name)}: leave it out, or begin anew"
+                f"--{name.replace('_', '-')} {given[name]} is not what {folder} was "
+                f"begun with, {getattr(stored, name)}: leave it out, or begin anew"
             )
     return state
 
@@ -200,18 +213,16 @@ def _conclude(
 @contextmanager
 def _display(trainer: Trainer, console: Console) -> Iterator[Callable[[bool], None]]:
     """Show a bar on a terminal, elsewhere one line per epoch."""
-    if not console.is_terminal:
-        yield lambda ended: console.print(_status(trainer)) if ended else None
-        return
-    columns = ("{task.description}", BarColumn(None), MofNCompleteColumn())
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, expand=True)
-    with bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("", total=trainer.steps, completed=trainer.step)
         shown = 0.0
 
         def show(ended: bool) -> None:
             nonlocal shown
-            if ended or time.monotonic() - shown > SHOWN_EVERY:
+            if bar.disable:
+                if ended:
+                    console.print(_status(trainer), soft_wrap=True)
+            elif ended or time.monotonic() - shown > SHOWN_EVERY:
                 shown = time.monotonic()
                 bar.update(task, completed=trainer.step, description=_status(trainer))
 
