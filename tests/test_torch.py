@@ -342,6 +342,19 @@ def test_a_group_that_is_refused_is_not_added():
     assert optimizer.param_groups[1]["adapt"] == (True, False)
 
 
+def test_a_pattern_for_all_groups_need_not_match_in_each():
+    net = model()
+    groups = [
+        {"params": list(layer.named_parameters(prefix=name))}
+        for name, layer in (("stem", net[0]), ("head", net[4]))
+    ]
+    optimizer = LARS(groups, 1.0, adapt="head.*")
+    adapted = [group["adapt"] for group in optimizer.param_groups]
+    assert adapted == [(False, False), (True, True)]
+    with pytest.raises(ValueError, match=r"adapt='tail.*' matches no parameter"):
+        LARS(groups, 1.0, adapt="tail.*")
+
+
 def test_a_hyper_parameter_spoilt_later_is_refused_before_anything_moves():
     net = model()
     optimizer = LARS(param_groups(net), 1.0)

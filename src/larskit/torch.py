@@ -141,6 +141,7 @@ class LARS(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking it; `adapt` and `decay` become tuples of bools."""
         full = {**self.defaults, **param_group}
+        own = {name for name in _PER_LAYER if name in param_group}
         _check_group(full)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -149,7 +150,7 @@ class LARS(torch.optim.Optimizer):
             names = group.get("param_names")
             for name in _PER_LAYER:
                 selected = select(full[name], names, group["params"], name)
-                if name in param_group:
+                if name in own:
                     check_matched(full[name], selected, name)
                 group[name] = selected
         except (TypeError, ValueError, NotImplementedError):

@@ -56,7 +56,12 @@ def _move(
     ratio = rule.trust_ratio(w_norms, q, lr, config)
     inside = config.lr_placement == "inside"
     scale = rule.rounded(ratio, w[0])
-    x = list(torch._foreach_mul(u, ((lr * scale) if inside else scale).unbind()))
+    factors = ((lr * scale) if inside else scale).unbind()
+    if u is g:  # which is not ours to change
+        x = list(torch._foreach_mul(u, factors))
+    else:
+        torch._foreach_mul_(u, factors)
+        x = u
     y, new_v = _accumulate(v, x, config)
     if not inside:
         y = torch._foreach_mul(y, lr)
