@@ -141,16 +141,15 @@ class LARS(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking it; `adapt` and `decay` become tuples of bools."""
         full = {**self.defaults, **param_group}
-        own = {name for name in _PER_LAYER if name in param_group}
         _check_group(full)
-        super().add_param_group(param_group)
+        super().add_param_group(dict(param_group))  # torch fills in what it is given
         group = self.param_groups[-1]
         try:
             _check_parameters(group["params"])
             names = group.get("param_names")
             for name in _PER_LAYER:
                 selected = select(full[name], names, group["params"], name)
-                if name in own:
+                if name in param_group:
                     check_matched(full[name], selected, name)
                 group[name] = selected
         except (TypeError, ValueError, NotImplementedError):
