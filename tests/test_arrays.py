@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import array_api_strict as strict
+import flax.nnx
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -78,6 +79,7 @@ def test_subclasses_count_as_their_base():
     assert arrays.framework(np.ones(1).view(Ours)) == "numpy"
     assert arrays.framework(np.float32(1)) == "numpy"
     assert arrays.framework(np.ones(1, ml_dtypes.bfloat16)) == "numpy"
+    assert arrays.framework(flax.nnx.Param(jnp.ones(1))) == "jax"
 
 
 def test_a_tracer_counts_as_its_framework():

@@ -411,6 +411,7 @@ def test_a_graph_flows_into_out():
     w.grad = None
     lars_update(w, torch.tensor(G), 0.1, stop_gradients=False).sum().backward()
     assert through_out is not None
+    assert w.grad is not None
     assert torch.equal(through_out, w.grad)
 
 
@@ -867,12 +868,11 @@ def test_torch_transforms_go_through_it():
 
 # --- laws -----------------------------------------------------------------------------
 
-element = (
-    st.just(0.0) | st.floats(2**-7, 99, width=32) | st.floats(-99, -(2**-7), width=32)
-)
+# No subnormal numbers: compilers flush them to zero.
+small, zero = 2.0**-7, st.just(0.0)
+element = zero | st.floats(small, 99, width=32) | st.floats(-99, -small, width=32)
+rate = zero | st.floats(small, 10, width=32)
 shape = st.sampled_from([(), (1,), (3,), (2, 2), (0,), (33,)])
-scale = st.floats(1e-3, 1e3)
-rate = st.floats(0, 10, width=32)
 
 
 @st.composite
@@ -906,7 +906,7 @@ def part(nested: Any, take: Any) -> Any:
     return [part(x, take) for x in nested]
 
 
-@given(layers(), rate, scale)
+@given(layers(), rate, st.floats(1e-3, 1e3))
 def test_the_scale_of_the_gradient_does_not_matter(layer, lr, factor):
     w, g = (x.astype("float64") for x in layer)
     if w.any():
@@ -923,12 +923,14 @@ def test_a_layer_moves_by_its_own_length(layer, lr):
         np.testing.assert_allclose(step, lr * length, rtol=1e-12, atol=1e-14 * length)
 
 
-@given(layers(), rate, st.floats(0, 2))
+@given(layers(), rate, rate)
 def test_containers_and_arrays_agree_with_the_formula(layer, lr, decay):
     w, g = (x.astype("float64") for x in layer)
     new = lars_update(Container(a=[w]), g, lr, decay_lambda=decay).a[0]
     assert (new == lars_update(w, g, lr, decay_lambda=decay)).all()
-    agree(new, expected(w, g, lr, decay), 1e-14 * (1 + lr) * (1 + decay))
+    largest = float((1 + lr) * np.linalg.norm(w) + lr * np.linalg.norm(g))
+    theirs = expected(w, g, lr, decay)
+    np.testing.assert_allclose(new, theirs, rtol=0, atol=1e-14 * largest)
 
 
 @settings(max_examples=40, deadline=None)

@@ -47,6 +47,7 @@ ENGINES = [{"foreach": True}, {"foreach": False, "fused": False}, {}]
         {"clip": True, "trust_coefficient": 0.02, "eps": 1e-8},
         {"maximize": True, "threshold": 1.0, "momentum": 0.0},
         {"adapt": True, "decay": False, "weight_decay": 0.1},
+        {"adapt": True, "weight_decay": 0.1},
     ],
     ids=str,
 )

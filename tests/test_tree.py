@@ -443,6 +443,16 @@ sys.path.remove(BROKEN)
 import jax
 assert jax.tree.leaves(larskit.Container(b=1, a=2)) == [2, 1]
 """,
+    "a JAX whose loader loads other modules too": """
+import larskit, zipfile
+with zipfile.ZipFile(f"{BROKEN}/all.zip", "w") as all:
+    all.writestr("jax.py", "import part as tree_util")
+    all.writestr("part.py", "register_pytree_with_keys = lambda *a: calls.append(a)\\n"
+                            "calls = []")
+sys.path.insert(0, f"{BROKEN}/all.zip")
+import jax
+assert [a[0] for a in jax.tree_util.calls] == [larskit.Container]
+""",
     "no JAX at all": """
 sys.modules["jax"] = None
 import larskit

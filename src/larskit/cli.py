@@ -34,9 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as why:
         return _complain(str(why), 2)
     except ModuleNotFoundError as why:
-        if (why.name or "").partition(".")[0] not in _EXTRA:
+        package = (why.name or "").partition(".")[0]
+        if package not in _EXTRA:
             raise
-        needed = f"{why.name} is needed, but not installed"
+        needed = f"{package} is needed, but not installed"
         return _complain(f"{needed}: pip install 'larskit[app]'", 2)
     except OSError as why:
         return _complain(str(why), 1)
