@@ -96,6 +96,30 @@ def test_ratio_of_one_layer(options, ratio):
     assert rule.update(w, g, None, 0.1, config)[2].ratio == pytest.approx(ratio)
 
 
+def test_clipping_at_a_rate_of_zero_gives_one():
+    config = Config(clip=True, trust_coefficient=0.5)
+    found = rule.update(np.ones(4), np.ones(4), None, 0.0, config)[2]
+    assert found.ratio == 1.0
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_one_order_of_operations_in_float32(placement):
+    f = np.float32
+    config = Config(weight_decay=0.013, lr_placement=placement, dampening=0.3)
+    w, g, v = np.random.default_rng(0).normal(size=(3, 5000)).astype(f)
+    lengths = [np.sqrt(rule.sum_of_squares(x)) for x in (w, g)]
+    wide = 1e-3 * lengths[0] / (lengths[1] + 0.013 * lengths[0] + 0.0)
+    r, lr = f(wide), f(0.37)
+    u = g + f(0.013) * w
+    x = (lr * r) * u if placement == "inside" else r * u
+    new_v = f(0.9) * v + f(1 - 0.3) * x
+    new_w = w - (new_v if placement == "inside" else lr * new_v)
+    for one in (w, g, v), map(torch.from_numpy, (w, g, v)):
+        ours, our_v, _ = rule.update(*one, 0.37, config)
+        assert np.array_equal(np.asarray(ours), new_w)
+        assert np.array_equal(np.asarray(our_v), new_v)
+
+
 finite = st.floats(-1e3, 1e3, width=32)
 arrays = hnp.arrays(
     np.float64, hnp.array_shapes(max_dims=3, max_side=6), elements=finite
