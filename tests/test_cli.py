@@ -28,7 +28,7 @@ def test_help_says_what_there_is(capsys, command):
         assert "lars 0.01, larc 0.02" in text
     if command == ["train"]:
         assert "lars 4, larc" in text
-        assert "go with their default --trust-coefficient" in text
+        assert "that of lars goes with a trust coefficient of 0.01" in text
 
 
 def test_help_needs_no_framework():

@@ -54,7 +54,8 @@ def lars_update(
         Weights. Arrays of NumPy, CuPy, PyTorch, JAX, TensorFlow, Paddle, ivy or of the
         array API, of any shape, floating or (but for TensorFlow and Paddle) complex.
         Dictionaries and other mappings, lists, tuples, named tuples, dataclasses and
-        `Container` nest; None stays None.
+        `Container` nest; None stays None, and so does a dataclass's field whose
+        metadata say ``static=True``.
     dcdw : like `w`, or one array
         Derivatives of the cost, of the framework, shape and dtype of the weights. One
         array serves every leaf.
@@ -87,9 +88,9 @@ def lars_update(
     fail while they are traced.
 
     With ``decay_lambda=0`` this equals ``ivy.lars_update`` 1.0.0.5, except that there a
-    layer of zeros stays at zero. With a decay L ivy computes ``w - (lr/L) * g/|g|``:
-    the length of the weights drops out and nothing is decayed. Here the decay is the
-    one of the LARS paper.
+    layer of zeros stays at zero and 1e-12 is added to ``|dcdw|``. With a decay L ivy
+    computes ``w - (lr/L) * g/|g|``: the length of the weights drops out and nothing is
+    decayed. Here the decay is the one of the LARS paper.
 
     Examples
     --------
@@ -104,15 +105,14 @@ def lars_update(
         layers.rates(lr, "lr"),
         layers.rates(decay_lambda, "decay_lambda"),
     )
-    if out is not None:
-        _check_out(layers, w, out, not stop_gradients)
+    receivers = [] if out is None else _receivers(layers, w, out, not stop_gradients)
     if stop_gradients:
         columns = ([stop_gradient(x) for x in column] for column in columns)
     moved = [_moved(*row) for row in zip(*columns, strict=True)]
     if out is None:
         return layers.rebuilt(moved)
-    for leaf, new in zip(spread(out, layers.paths, "out"), moved, strict=True):
-        _store(leaf, new, not stop_gradients)
+    for receiver, new in zip(receivers, moved, strict=True):
+        _store(receiver, new, not stop_gradients)
     return out
 
 
@@ -121,31 +121,33 @@ def _moved(w: Any, g: Any, lr: Any, decay_lambda: Any) -> Any:
     return rule.update(w, g, None, lr, config)[0]
 
 
-def _check_out(layers: "_Layers", w: Any, out: Any, differentiable: bool) -> None:
+def _receivers(layers: "_Layers", w: Any, out: Any, differentiable: bool) -> list[Any]:
+    """Return the leaves of `out`, after checking that each can take its result."""
     if is_leaf(out) and not is_leaf(w):
         raise TypeError(
             f"out is one {type(out).__name__}, but the weights are a "
             f"{type(w).__name__}: pass a container like the weights"
         )
-    written: dict[int, str] = {}
-    arrays = layers.like(out, "out")
     leaves = spread(out, layers.paths, "out")
+    arrays = layers.like(out, "out")
+    taken: dict[int, str] = {}
     for leaf, array, what in zip(leaves, arrays, layers.named("out"), strict=True):
         if holder(leaf) is None:
             check_writable(array, what, differentiable)
-        if id(array) in written:
+        if id(array) in taken:
             raise ValueError(
-                f"{what} is the same array as {written[id(array)]}: one result would "
+                f"{what} is the same array as {taken[id(array)]}: one result would "
                 "overwrite the other, pass an array for each"
             )
-        written[id(array)] = what
+        taken[id(array)] = what
+    return leaves
 
 
-def _store(leaf: Any, new: Any, differentiable: bool) -> None:
-    """Write a result into what `out` has for it, or have its holder take it up."""
-    held, array = holder(leaf), unwrap(leaf)
+def _store(receiver: Any, new: Any, differentiable: bool) -> None:
+    """Write a result into an array, or have its holder take it up."""
+    held, array = holder(receiver), unwrap(receiver)
     if held and unwritable(array, differentiable):
-        setattr(leaf, held, new)
+        setattr(receiver, held, new)
     else:
         write(array, new, "out")
 

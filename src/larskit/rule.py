@@ -52,7 +52,7 @@ def norm(x: Any) -> Any:
     """
     squares = sum_of_squares(x)
     xp = namespace(squares)
-    zero = squares == 0
+    zero = squares <= 0  # never below; and the == of Paddle is a fuzzy one
     root = xp.sqrt(xp.where(zero, xp.ones_like(squares), squares))
     return xp.where(zero, squares, root)
 
@@ -169,20 +169,20 @@ def trust_ratio(w_norm: Any, q: Any, lr: Any, config: Config) -> Any:
         d = d + scalar(weight_decay(config), w_norm) * w_norm
     d = d + scalar(config.eps, w_norm)
     ratio = scalar(config.trust_coefficient, w_norm) * w_norm
-    ratio = ratio / xp.where(d == 0, one, d)
+    ratio = ratio / xp.where(d <= 0, one, d)
     if config.clip:
         ratio = _clipped(xp, ratio, scalar(lr, w_norm), one)
     plain = w_norm <= scalar(config.threshold, w_norm)
     if config.zero_guard:
-        plain = plain | (q == 0)
+        plain = plain | (q <= 0)
     return xp.where(plain, one, ratio)
 
 
 def _clipped(xp: Any, ratio: Any, lr: Any, one: Any) -> Any:
     """Return ``min(ratio / lr, 1)``, and 1 at a rate of 0; NaN stays NaN."""
     lr = lr * one
-    ratio = ratio / xp.where(lr == 0, one, lr)
-    return xp.where((ratio > 1) | (lr == 0), one, ratio)
+    ratio = ratio / xp.where(lr <= 0, one, lr)
+    return xp.where((ratio > 1) | (lr <= 0), one, ratio)
 
 
 def rounded(ratio: Any, like: Any) -> Any:

@@ -27,7 +27,7 @@ def select(
     names : sequence of str, or None
         One name per array; None where there are none.
     arrays : sequence of array
-        Only their ``ndim`` is looked at, unless `selection` is callable.
+        Only their ``shape`` is looked at, unless `selection` is callable.
     what : str
         The argument's name, for messages.
 
@@ -37,7 +37,7 @@ def select(
         One per array.
     """
     if selection is None:
-        return tuple(array.ndim >= 2 for array in arrays)
+        return tuple(len(array.shape) >= 2 for array in arrays)
     if isinstance(selection, bool):
         return (selection,) * len(arrays)
     if not (callable(selection) or patterns(selection)):

@@ -117,18 +117,12 @@ def _is_container(x: Any) -> bool:
 
 def _register(kind: type) -> None:
     """Make a mapping or a dataclass a node that its constructor rebuilds."""
-    walk: Any = _walk_dataclass
-    build: Any = _build_dataclass
+    how: Any = (_walk_dataclass, _build_dataclass, optree.GetAttrEntry)
     if issubclass(kind, Mapping):
-        walk, build = _walk_mapping, _build_mapping
+        how = (_walk_mapping, _build_mapping, optree.MappingEntry)
+    walk, build, entry = how
     optree.register_pytree_node(
-        kind,
-        walk,
-        partial(build, kind),
-        path_entry_type=optree.GetAttrEntry
-        if walk is _walk_dataclass
-        else optree.MappingEntry,
-        namespace=NAMESPACE,
+        kind, walk, partial(build, kind), path_entry_type=entry, namespace=NAMESPACE
     )
 
 

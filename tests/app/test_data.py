@@ -143,6 +143,21 @@ def torn_npz(path: Path) -> Path:
     return file
 
 
+def plain_array(path: Path) -> Path:
+    with (path / "data.npz").open("wb") as file:
+        np.save(file, X)
+    return path / "data.npz"
+
+
+def flipped_npz(path: Path) -> Path:
+    file = path / "data.npz"
+    np.savez_compressed(file, x=np.random.default_rng(0).normal(size=(10, 9, 9)), y=Y)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 255
+    file.write_bytes(data)
+    return file
+
+
 def written(name: str) -> Callable[[Path], Path]:
     def make(path: Path) -> Path:
         (path / name).write_text("a,b")
@@ -159,10 +174,13 @@ BAD = {
     "extension": (written("data.csv"), "data.csv is neither digits, nor a folder"),
     "not an npz": (written("data.npz"), "data.npz cannot be read as an .npz"),
     "torn npz": (torn_npz, "data.npz cannot be read as an .npz"),
+    "flipped npz": (flipped_npz, "data.npz cannot be read as an .npz"),
+    "npy": (plain_array, "data.npz cannot be read as an .npz"),
     "no x": (lambda p: npz(p, y=Y), "no array 'x'"),
     "no y": (lambda p: npz(p, x=X), "no array 'y'"),
     "objects": (lambda p: npz(p, x=X, y=np.array([{}] * 10)), "cannot be read"),
     "nan": (lambda p: npz(p, x=NAN, y=Y), "1 values that are not finite"),
+    "too large": (lambda p: npz(p, x=X + 1e300, y=Y), "160 values that are not finite"),
     "lengths": (lambda p: npz(p, x=X, y=Y[1:]), "10 images in x but 9 labels in y"),
     "table": (lambda p: npz(p, x=X[0], y=Y[:4]), r"shape \(4, 4\), expected"),
     "empty": (lambda p: npz(p, x=X[:0], y=Y[:0]), r"shape \(0, 1, 4, 4\), expected"),

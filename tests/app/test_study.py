@@ -105,12 +105,14 @@ def test_the_table_and_each_training_are_shown(done):
 
 def test_the_table_names_the_rates_near_the_best_of_the_panel():
     points = [Point(lr, mean, mean - 0.01, 1.0) for lr, mean in ((1, 0.97), (2, 0.99))]
-    curves = {("m", 8): {"lars": points, "sgd": [Point(0.5, 0.981, 0.9, 1.0)]}}
+    poor = [Point(3, 0.5, 0.5, 0.5)]
+    panel = {"lars": points, "sgd": [Point(0.5, 0.981, 0.9, 1.0)], "larc": poor}
     shown = console()
-    shown.print(study.table({**curves, ("m", 9): {"adamw": [Point(3, 0.5, 0.5, 0.5)]}}))
+    shown.print(study.table({("m", 8): panel, ("m", 9): {"adamw": poor}}))
     rows = [re.split(r" *│ *", line)[1:-1] for line in said(shown).splitlines()]
     assert ["m", "8", "lars", "99.00%", "98.0-100.0", "2", "2"] in rows
     assert ["m", "8", "sgd", "98.10%", "90.0-100.0", "0.5", "0.5"] in rows
+    assert ["m", "8", "larc", "50.00%", "50.0-50.0", "3", "-"] in rows
     assert ["m", "9", "adamw", "50.00%", "50.0-50.0", "3", "3"] in rows
 
 

@@ -186,7 +186,7 @@ SPOILT = {
     "npz": lambda path: path.write_bytes(zipped()),
     "foreign": lambda path: torch.save({"model": {}}, path),
     "a list": lambda path: torch.save([1, 2], path),
-    "code": lambda path: torch.save(Path("a"), path),
+    "code": replaced(extra=Path("a")),
     "later format": replaced(format="larskit.train/2"),
     "strange settings": replaced(settings={"rate": 4}),
     "other weights": replaced(model={}),
@@ -246,7 +246,9 @@ def test_a_folder_that_cannot_be_made_or_written_is_refused(tmp_path, monkeypatc
 def test_a_terminal_gets_a_bar_and_a_file_gets_lines(few, tmp_path):
     given = {"data": few, "epochs": 2, "batch_size": 20}
     for terminal, out in ((True, "a"), (False, "b")):
-        console = Console(file=io.StringIO(), width=200, force_terminal=terminal)
+        console = Console(
+            file=io.StringIO(), width=200, force_terminal=terminal, highlight=False
+        )
         assert train(given, str(tmp_path / out), console=console) == 0
         text = said(console)
         for part in ("epoch 2/2", "loss 0", "accuracy", "lr ", "ratios ", "test "):

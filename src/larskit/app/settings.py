@@ -83,8 +83,9 @@ class Settings:
     lr: float = field(
         default=cast(float, None),
         metadata=_help(
-            f"learning rate at its peak (default: {_each('lr')}; those of lars and "
-            "larc go with their default --trust-coefficient, and grow as it shrinks)"
+            f"learning rate at its peak (default: {_each('lr')}; that of lars goes "
+            f"with a trust coefficient of {RECIPES['lars'].trust_coefficient:g}: only "
+            "their product counts)"
         ),
     )
     trust_coefficient: float = field(

@@ -260,7 +260,7 @@ def _display(
         task = bar.add_task("", total=total, completed=total - missing)
 
         def show(cell: Cell) -> None:
-            line = "{model}, batch {batch_size}, {optimizer}, lr {lr:g}, seed {seed}"
+            line = "{model}, {batch_size}, {optimizer}, lr {lr:g}, seed {seed}"
             line = line.format(**cell["settings"]) + f": {cell['test_accuracy']:.2%}"
             bar.update(task, advance=1, description=line)
             if bar.disable:

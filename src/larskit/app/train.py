@@ -122,7 +122,7 @@ def progress_bar(console: Console) -> Progress:
         "{task.description}",
         BarColumn(None),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
         console=console,
         expand=True,
         disable=not console.is_terminal,
@@ -137,7 +137,7 @@ def _stored(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
         stored = Settings(**state["settings"])
     except FileNotFoundError:
         raise InputError(f"--resume: there is no {path}") from None
-    except Exception as why:  # whatever a foreign file makes of its reader
+    except Exception as why:  # a foreign file can make anything of its reader
         raise _not_ours(path) from why
     asked = Settings(**given)
     for name in given:
@@ -174,7 +174,7 @@ def _restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
         )
     try:
         trainer.load_state_dict(state)
-    except Exception as why:  # as above
+    except Exception as why:  # likewise
         raise _not_ours(path) from why
 
 
@@ -212,35 +212,35 @@ def _conclude(
 
 @contextmanager
 def _display(trainer: Trainer, console: Console) -> Iterator[Callable[[bool], None]]:
-    """Show a bar on a terminal, elsewhere one line per epoch."""
+    """Show one line per epoch, and on a terminal a bar below."""
     with progress_bar(console) as bar:
         task = bar.add_task("", total=trainer.steps, completed=trainer.step)
         shown = 0.0
 
         def show(ended: bool) -> None:
             nonlocal shown
-            if bar.disable:
-                if ended:
-                    console.print(_status(trainer), soft_wrap=True)
-            elif ended or time.monotonic() - shown > SHOWN_EVERY:
+            if ended:
+                line = f"epoch {trainer.epoch}/{trainer.settings.epochs} "
+                console.print(line + _status(trainer.history[-1]), soft_wrap=True)
+                bar.update(task, completed=trainer.step)
+            elif console.is_terminal and time.monotonic() - shown > SHOWN_EVERY:
                 shown = time.monotonic()
-                bar.update(task, completed=trainer.step, description=_status(trainer))
+                text = _status(trainer.measured())
+                bar.update(task, completed=trainer.step, description=text)
 
         yield show
 
 
-def _status(trainer: Trainer) -> str:
-    """Say in one line where the training is."""
-    found = trainer.measured() if trainer.batch else trainer.history[-1]
+def _status(found: dict[str, Any]) -> str:
+    """Put an entry of the history, or one in the making, into words."""
     found = {name: math.nan if x is None else x for name, x in found.items()}
-    epoch = trainer.epoch + bool(trainer.batch)
-    line = (
-        f"epoch {epoch}/{trainer.settings.epochs}  loss {found['train_loss']:.4f}  "
-        f"accuracy {found['train_accuracy']:.2%}  lr {found['lr']:.3g}"
+    words = (
+        f"loss {found['train_loss']:.4f} accuracy {found['train_accuracy']:.1%} "
+        f"lr {found['lr']:.3g}"
     )
     if "ratio_min" in found:
         spread = (found[f"ratio_{which}"] for which in ("min", "median", "max"))
-        line += "  ratios " + " ".join(f"{ratio:.2g}" for ratio in spread)
+        words += " ratios " + "/".join(f"{ratio:.2g}" for ratio in spread)
     if "test_accuracy" in found:
-        line += f"  test {found['test_accuracy']:.2%}"
-    return line
+        words += f" test {found['test_accuracy']:.2%}"
+    return words

@@ -3,14 +3,19 @@
 Run inside ivy's environment; `tests/interop/test_live.py` does it.
 """
 
+import contextlib
 import inspect
+import tempfile
 from typing import Any
 
-import ivy  # pyright: ignore[reportMissingImports]
 import numpy as np
 import pytest
 
 import larskit
+
+# ivy leaves a log file in the working folder that it is imported in.
+with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    import ivy  # pyright: ignore[reportMissingImports]
 
 BACKENDS = ("numpy", "torch", "jax")
 NUMBERS = {
