@@ -114,8 +114,9 @@ def test_one_order_of_operations_in_float32(placement):
     x = (lr * r) * u if placement == "inside" else r * u
     new_v = f(0.9) * v + f(1 - 0.3) * x
     new_w = w - (new_v if placement == "inside" else lr * new_v)
-    for one in (w, g, v), map(torch.from_numpy, (w, g, v)):
-        ours, our_v, _ = rule.update(*one, 0.37, config)
+    for convert in (np.asarray, torch.from_numpy):
+        a, b, c = map(convert, (w, g, v))
+        ours, our_v, _ = rule.update(a, b, c, 0.37, config)
         assert np.array_equal(np.asarray(ours), new_w)
         assert np.array_equal(np.asarray(our_v), new_v)
 
