@@ -5,8 +5,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 .PHONY: run test test-all environments lint format bench clean
 
 run: .venv/app  ## the study that shows the point, then one full training
-	$(BIN)/larskit study --out runs/study
-	$(BIN)/larskit train --best-of runs/study --out runs/train
+	$(BIN)/larskit study --models convnet convnet-plain --optimizers sgd lars adamw \
+		--batch-sizes 64 1437 --epochs 15 --out runs/study
+	$(BIN)/larskit train --best-of runs/study/results.json --optimizer lars \
+		--epochs 30 --out runs/train --overwrite
 
 test: .venv/dev environments  ## every test but the slow ones, offline
 	PIP_NO_INDEX=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)

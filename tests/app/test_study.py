@@ -104,16 +104,19 @@ def test_the_table_and_each_training_are_shown(done):
 
 
 def test_the_table_names_the_rates_near_the_best_of_the_panel():
-    points = [Point(lr, mean, mean - 0.01, 1.0) for lr, mean in ((1, 0.97), (2, 0.99))]
-    poor = [Point(3, 0.5, 0.5, 0.5)]
-    panel = {"lars": points, "sgd": [Point(0.5, 0.981, 0.9, 1.0)], "larc": poor}
+    def points(**means: float) -> list[Point]:
+        return [Point(float(lr[1:]), x, x - 0.01, 1.0) for lr, x in means.items()]
+
+    lars = points(_1=0.985, _2=0.99, _4=0.97, _8=0.984, _16=0.5)
+    poor = points(_3=0.5)
     shown = console()
+    panel = {"lars": lars, "sgd": points(_0=0.1, _5=0.981), "larc": poor}
     shown.print(study.table({("m", 8): panel, ("m", 9): {"adamw": poor}}))
     rows = [re.split(r" *│ *", line)[1:-1] for line in said(shown).splitlines()]
-    assert ["m", "8", "lars", "99.00%", "98.0-100.0", "2", "2"] in rows
-    assert ["m", "8", "sgd", "98.10%", "90.0-100.0", "0.5", "0.5"] in rows
-    assert ["m", "8", "larc", "50.00%", "50.0-50.0", "3", "-"] in rows
-    assert ["m", "9", "adamw", "50.00%", "50.0-50.0", "3", "3"] in rows
+    assert ["m", "8", "lars", "99.00", "98.0-100.0", "2", "1-2, 8"] in rows
+    assert ["m", "8", "sgd", "98.10", "97.1-100.0", "5", "5"] in rows
+    assert ["m", "8", "larc", "50.00", "49.0-100.0", "3", "none"] in rows
+    assert ["m", "9", "adamw", "50.00", "49.0-100.0", "3", "3"] in rows
 
 
 def test_the_picture_is_a_png_with_a_panel_per_model_and_batch_size(done, tmp_path):

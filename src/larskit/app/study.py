@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from larskit.app import InputError, results
 from larskit.app.data import Data, read
 from larskit.app.plot import plot
-from larskit.app.results import Cell, Curves
+from larskit.app.results import Cell, Curves, Point
 from larskit.app.settings import RECIPES, Settings
 from larskit.app.train import prepare, progress_bar, stopping
 from larskit.app.trainer import Trainer, check
@@ -165,7 +165,7 @@ def table(curves: Curves) -> Table:
     )
     made = Table(
         *headings,
-        title="Accuracy on the test images",
+        title="Accuracy on the test images in %",
         caption=f"good lrs: within {USABLE:.0%} of the best that any optimizer does",
     )
     for (model, batch_size), optimizers in curves.items():
@@ -176,13 +176,20 @@ def table(curves: Curves) -> Table:
                 model,
                 str(batch_size),
                 optimizer,
-                f"{best.mean:.2%}",
+                f"{100 * best.mean:.2f}",
                 f"{100 * best.low:.1f}-{100 * best.high:.1f}",
                 f"{best.lr:g}",
-                " ".join(f"{p.lr:g}" for p in points if p.mean >= top - USABLE) or "-",
+                _ranges(points, top - USABLE),
             )
         made.add_section()
     return made
+
+
+def _ranges(points: Iterable[Point], floor: float) -> str:
+    """Say between which rates the mean accuracy is at least `floor`."""
+    runs = groupby(points, lambda point: point.mean >= floor)
+    rates = [[f"{point.lr:g}" for point in run] for good, run in runs if good]
+    return ", ".join("-".join(dict.fromkeys((r[0], r[-1]))) for r in rates) or "none"
 
 
 def _by_identity(cells: Iterable[Cell]) -> dict[str, Cell]:
