@@ -34,7 +34,7 @@ def tree(kind: str, case: dict, what: str) -> Any:
     return convert(case[what])
 
 
-def agree(ours: Any, case: dict) -> None:
+def assert_agree(ours: Any, case: dict) -> None:
     paths, leaves, _ = flatten(ours)
     w, g, theirs = (
         spread(tree("numpy", case, what), paths, what)
@@ -54,7 +54,7 @@ def agree(ours: Any, case: dict) -> None:
 def test_golden(kind, case):
     with jax.enable_x64(case["dtype"] == "float64"):
         w, g = tree(kind, case, "w"), tree(kind, case, "dcdw")
-        agree(larskit.lars_update(w, g, case["lr"]), case)
+        assert_agree(larskit.lars_update(w, g, case["lr"]), case)
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["kind"])
@@ -67,10 +67,10 @@ def test_golden_through_the_method_forms(case):
     else:
         ours = larskit.Container(w).lars_update(g, case["lr"])
         assert type(ours) is larskit.Container
-    agree(ours, case)
+    assert_agree(ours, case)
     out = tree("numpy", case, "w")
     assert larskit.lars_update(w, g, case["lr"], out=out) is out
-    agree(out, case)
+    assert_agree(out, case)
 
 
 def test_every_kind_of_case_was_recorded():

@@ -39,13 +39,13 @@ def container(what: str, dtype: str = "float32") -> Any:
     return ivy.Container(b=b, a=ivy.Container(k=k))
 
 
-def agree(ours: Any, theirs: Any, dtype: str = "float32") -> None:
+def assert_agree(ours: Any, theirs: Any, dtype: str = "float32") -> None:
     """Check the types of ivy, ivy's dtype, and the numbers to 2e-6 of the largest."""
     assert type(ours) is type(theirs)
     if isinstance(ours, ivy.Container):
         assert list(ours) == list(theirs)
         for key in ours:
-            agree(ours[key], theirs[key], dtype)
+            assert_agree(ours[key], theirs[key], dtype)
         return
     assert type(ours) is ivy.Array
     assert type(ours.data) is type(theirs.data)
@@ -78,33 +78,35 @@ def test_signatures_are_those_of_ivy():
 def test_arrays(lr, dtype):
     w, g = container("w", dtype).a.k, container("dcdw", dtype).a.k
     theirs = ivy.lars_update(w, g, lr)
-    agree(larskit.lars_update(w, g, lr), theirs, dtype)
-    agree(larskit.lars_update(w, g.data, ivy.array(lr, dtype=dtype)), theirs, dtype)
+    assert_agree(larskit.lars_update(w, g, lr), theirs, dtype)
+    assert_agree(
+        larskit.lars_update(w, g.data, ivy.array(lr, dtype=dtype)), theirs, dtype
+    )
     native = larskit.lars_update(w.data, g.data, lr)
-    agree(ivy.Array(native), theirs, dtype)
+    assert_agree(ivy.Array(native), theirs, dtype)
     assert type(native) is type(w.data)
 
 
 def test_containers_for_weights_gradients_and_rates():
     w, g, lr = container("w"), container("dcdw"), container("lr")
-    agree(larskit.lars_update(w, g, 0.1), ivy.lars_update(w, g, 0.1))
-    agree(larskit.lars_update(w, g, lr), ivy.lars_update(w, g, lr))
-    agree(larskit.lars_update(w, g, lr.b), ivy.lars_update(w, g, lr.b))
+    assert_agree(larskit.lars_update(w, g, 0.1), ivy.lars_update(w, g, 0.1))
+    assert_agree(larskit.lars_update(w, g, lr), ivy.lars_update(w, g, lr))
+    assert_agree(larskit.lars_update(w, g, lr.b), ivy.lars_update(w, g, lr.b))
 
 
 def test_one_gradient_serves_every_leaf():
     w, g = container("w"), ivy.array([0.3, 0.1, 0.2])
     w = ivy.Container(a=w.b, c=ivy.Container(d=w.b * 2))
-    agree(larskit.lars_update(w, g, 0.1), ivy.lars_update(w, g, 0.1))
+    assert_agree(larskit.lars_update(w, g, 0.1), ivy.lars_update(w, g, 0.1))
 
 
 def test_our_container_and_array_hold_those_of_ivy():
     w, g = container("w"), container("dcdw")
     ours = larskit.Container(w).lars_update(g, 0.1)
     assert type(ours) is type(ours.a) is larskit.Container
-    agree(ivy.Container(ours), ivy.lars_update(w, g, 0.1))
+    assert_agree(ivy.Container(ours), ivy.lars_update(w, g, 0.1))
     one = larskit.Array(w.b.data).lars_update(g.b, 0.1)
-    agree(ivy.Array(one.native), ivy.lars_update(w.b, g.b, 0.1))
+    assert_agree(ivy.Array(one.native), ivy.lars_update(w.b, g.b, 0.1))
 
 
 def test_out_receives_the_result():
@@ -113,13 +115,13 @@ def test_out_receives_the_result():
     out = container("zeros")
     b = out.b
     assert larskit.lars_update(w, g, 0.1, out=out) is out
-    agree(out, expected)
+    assert_agree(out, expected)
     assert out.b is b, "the arrays of `out` themselves are written"
-    agree(w, container("w"))
+    assert_agree(w, container("w"))
     assert larskit.lars_update(w.b, g.b, 0.1, out=b) is b
-    agree(b, expected.b)
+    assert_agree(b, expected.b)
     assert larskit.lars_update(w, g, 0.1, out=w) is w
-    agree(w, expected)
+    assert_agree(w, expected)
 
 
 def test_out_writes_the_native_array_where_that_is_possible(backend):
@@ -131,24 +133,26 @@ def test_out_writes_the_native_array_where_that_is_possible(backend):
 
 def test_a_layer_without_gradient_stands_still():
     w, g = container("w"), container("zeros")
-    agree(larskit.lars_update(w, g, 0.1), ivy.lars_update(w, g, 0.1))
+    assert_agree(larskit.lars_update(w, g, 0.1), ivy.lars_update(w, g, 0.1))
 
 
 def test_a_layer_of_zeros_stands_still_in_ivy_and_moves_here():
     w, g = container("zeros").b, container("ones").b
-    agree(ivy.lars_update(w, g, 0.1), w)
-    agree(larskit.lars_update(w, g, 0.1), g * -0.1)
+    assert_agree(ivy.lars_update(w, g, 0.1), w)
+    assert_agree(larskit.lars_update(w, g, 0.1), g * -0.1)
 
 
 def test_with_a_decay_ivy_loses_the_weights():
     """The one deliberate difference: see the notes of `larskit.lars_update`."""
     w, g, lr, decay = container("w").b, container("dcdw").b, 0.1, 0.5
     g_norm = ivy.vector_norm(g)
-    agree(ivy.lars_update(w, g, lr, decay_lambda=decay), w - lr / decay * g / g_norm)
+    assert_agree(
+        ivy.lars_update(w, g, lr, decay_lambda=decay), w - lr / decay * g / g_norm
+    )
     w_norm = ivy.vector_norm(w)
     rate = lr * w_norm / (g_norm + decay * w_norm)
     ours = larskit.lars_update(w, g, lr, decay_lambda=decay)
-    agree(ours, w - rate * (g + decay * w))
+    assert_agree(ours, w - rate * (g + decay * w))
 
 
 @pytest.mark.parametrize("backend", ["torch"], indirect=True)
@@ -159,7 +163,7 @@ def test_gradients_flow_through_the_result_or_are_stopped():
     larskit.lars_update(w, g, 0.1, stop_gradients=False).data.sum().backward()
     ours, w.data.grad = w.data.grad, None
     ivy.lars_update(w, g, 0.1, stop_gradients=False).data.sum().backward()
-    agree(ivy.Array(ours), ivy.Array(w.data.grad))
+    assert_agree(ivy.Array(ours), ivy.Array(w.data.grad))
 
 
 def test_errors_name_the_leaf_of_an_ivy_container():
