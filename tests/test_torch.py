@@ -2,8 +2,10 @@
 
 import copy
 import io
+import json
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -375,6 +377,67 @@ def test_mixed_dtypes_in_one_group():
     optimizer.step()
     for x in p:
         torch.testing.assert_close(x.detach(), torch.full_like(x, 0.5))
+
+
+BRAINPY = json.loads((Path(__file__).parent / "golden" / "brainpy.json").read_text())
+SEED = {"weight_decay": 1e-4, "eps": 1e-5, "adapt": True, "decay": True}
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("case", BRAINPY["cases"], ids=lambda case: str(case["kwargs"]))
+def test_the_trajectories_of_brainpy(case, engine):
+    options = {**SEED, **case["kwargs"]}
+    options["trust_coefficient"] = options.pop("tc", 1e-3)
+    params = {k: nn.Parameter(torch.tensor(w)) for k, w in case["params"].items()}
+    optimizer = LARS(params.items(), lr=1.0, **options, **engine)
+    for grads, step in zip(case["grads"], case["steps"], strict=True):
+        for key, p in params.items():
+            p.grad = torch.tensor(grads[key])
+        optimizer.param_groups[0]["lr"] = step["lr"]
+        optimizer.step()
+        for key, expected in step["params"].items():
+            expected = torch.tensor(expected)
+            atol = 2e-6 * expected.abs().max().item()
+            found = params[key].detach()
+            torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_without_momentum_it_is_lars_update(engine):
+    net = model()
+    backward(net)
+    before, grads = weights(net), [p.grad.clone() for p in net.parameters()]
+    options = {"momentum": 0.0, "trust_coefficient": 1.0, "weight_decay": 0.1}
+    every = {"adapt": True, "decay": True}
+    LARS(net.parameters(), 0.5, **options, **every, **engine).step()
+    expected = larskit.lars_update(before, grads, 0.5, decay_lambda=0.1)
+    torch.testing.assert_close(weights(net), expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_outside_it_is_sgd_behind_the_hook(engine):
+    nets = [model(), model()]
+    hook = larskit.GradientLARS(weight_decay=0.1, eps=1e-6)
+    sgd = torch.optim.SGD(nets[0].parameters(), lr=0.1, momentum=0.9)
+    hook.attach(sgd)
+    lars = LARS(
+        nets[1].parameters(),
+        lr=0.1,
+        weight_decay=0.1,
+        trust_coefficient=1.0,
+        eps=1e-6,
+        threshold=1e-2,
+        lr_placement="outside",
+        adapt=True,
+        decay=True,
+        **engine,
+    )
+    for step in range(5):
+        for net, optimizer in zip(nets, (sgd, lars), strict=True):
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
+            backward(net, step)
+            optimizer.step()
+    torch.testing.assert_close(*map(weights, nets), rtol=1e-4, atol=1e-5)
 
 
 class TestParamGroups:
