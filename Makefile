@@ -2,6 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+SOURCES := .venv/modules pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
+
 .PHONY: run test test-all environments lint format bench clean
 
 run: .venv/app  ## the study that shows the point, then one full training
@@ -38,10 +40,18 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --upgrade pip
 
-.venv/app: .venv/bin/python pyproject.toml constraints.txt
+# An editable install knows the modules that were there when it was made.
+.venv/modules: .venv/bin/python FORCE
+	@find src -name '*.py' | sort > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+.PHONY: FORCE
+FORCE:
+
+.venv/app: $(SOURCES)
 	$(INSTALL) --editable '.[app]'
 	touch $@
 
-.venv/dev: .venv/bin/python pyproject.toml constraints.txt
+.venv/dev: $(SOURCES)
 	$(INSTALL) --editable '.[all]' --group dev
 	touch .venv/app $@

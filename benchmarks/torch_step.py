@@ -26,6 +26,7 @@ def rows() -> dict[str, Callable[[list[torch.Tensor]], Optimizer]]:
     found: dict[str, Callable[[list[torch.Tensor]], Optimizer]] = {
         "torch SGD (fused)": lambda p: torch.optim.SGD(p, **SGD, fused=True),
         "torch SGD (foreach)": lambda p: torch.optim.SGD(p, **SGD, foreach=True),
+        "larskit LARS (native)": lambda p: LARS(p, **OURS, fused=True),
         "larskit LARS (foreach)": lambda p: LARS(p, **OURS, foreach=True),
         "larskit LARS (reference)": lambda p: LARS(p, **OURS, foreach=False),
     }

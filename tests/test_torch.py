@@ -35,7 +35,12 @@ def weights(net):
     return [p.detach().clone() for p in net.parameters()]
 
 
-ENGINES = [{"foreach": True}, {"foreach": False, "fused": False}, {}]
+ENGINES = [
+    {"foreach": True},
+    {"foreach": False, "fused": False},
+    {"fused": True},
+    {},
+]
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=str)
@@ -302,7 +307,6 @@ ARGUMENTS = [
     ({"denominator": "lamb"}, ValueError, "denominator must be one of"),
     ({"on_nonfinite": "hide"}, ValueError, "on_nonfinite must be one of"),
     ({"foreach": True, "fused": True}, RuntimeError, "foreach=True and fused=True"),
-    ({"fused": True}, NotImplementedError, "fused=True is not in this version"),
     ({"on_nonfinite": "skip"}, NotImplementedError, "on_nonfinite='skip' is not in"),
     ({"carry_norms": True}, NotImplementedError, "carry_norms=True is not in this"),
     ({"capturable": True}, NotImplementedError, "capturable=True is not in this"),

@@ -17,6 +17,7 @@ from larskit import config as _config
 from larskit.arrays import check_floating
 from larskit.config import Config, Denominator, LrPlacement, OnNonfinite, check_lr
 from larskit.engines import foreach as _foreach
+from larskit.engines import native as _native
 from larskit.engines import reference as _reference
 from larskit.rule import Lengths
 from larskit.select import Selection, check_matched, select
@@ -25,7 +26,6 @@ __all__ = ["LARS", "param_groups"]
 
 _LATER = {
     "on_nonfinite": "propagate",
-    "fused": None,
     "carry_norms": False,
     "capturable": False,
     "differentiable": False,
@@ -70,8 +70,11 @@ class LARS(torch.optim.Optimizer):
         Climb instead of descend.
     foreach : bool, optional
         True: work on lists of tensors; False: tensor by tensor, by the reference
-        engine. None (default): lists where all are plain tensors.
-    on_nonfinite, fused, carry_norms, capturable, differentiable, master_weights
+        engine. None (default): lists of plain tensors, where `fused` does not apply.
+    fused : bool, optional
+        True: take the whole step in C++, for whole contiguous tensors on the CPU, or
+        say why that cannot be. None (default): wherever it can be and `foreach` is None.
+    on_nonfinite, carry_norms, capturable, differentiable, master_weights
         Reserved. Anything but the default is refused.
 
     Raises
@@ -130,7 +133,7 @@ class LARS(torch.optim.Optimizer):
         given = locals()
         defaults = {
             name: given[name]
-            for name in ("lr", *_PER_GROUP, *_PER_LAYER, "foreach", *_LATER)
+            for name in ("lr", *_PER_GROUP, *_PER_LAYER, "foreach", "fused", *_LATER)
         }
         self._last: list[_Bucket] = []
         super().__init__(params, defaults)
@@ -195,6 +198,8 @@ class LARS(torch.optim.Optimizer):
             for bucket in self._buckets(i, group)
         ]
         for bucket in buckets:
+            bucket.engine = bucket.choose_engine()
+        for bucket in buckets:
             self._step_bucket(bucket)
         self._last = buckets
         return loss
@@ -236,15 +241,16 @@ class LARS(torch.optim.Optimizer):
             key = p.device, p.dtype, p.grad.dtype, adapt, decay
             if key not in buckets:
                 bucket_config = replace(config, adapt=adapt, decay=decay)
-                buckets[key] = _Bucket(bucket_config, group["lr"], group["foreach"])
+                switches = group["foreach"], group["fused"]
+                buckets[key] = _Bucket(bucket_config, group["lr"], *switches)
             buckets[key].add(name, p, self.state.get(p, {}).get("momentum_buffer"))
         return buckets.values()
 
     def _step_bucket(self, bucket: "_Bucket") -> None:
         buffers = bucket.buffers
-        bucket.lengths = bucket.engine().step_(
+        bucket.lengths = bucket.engine.step_(
             [p.detach() for p in bucket.params],
-            [p.grad for p in bucket.params],
+            bucket.grads,
             buffers,
             bucket.lr,
             bucket.config,
@@ -262,17 +268,32 @@ class _Bucket:
     config: Config
     lr: Any
     foreach: bool | None
+    fused: bool | None
     names: list[str] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     buffers: list[Tensor | None] = field(default_factory=list)
+    engine: Any = None
     lengths: Any = None
+
+    @property
+    def grads(self) -> list[Any]:
+        return [p.grad for p in self.params]
 
     def add(self, name: str, p: Tensor, buffer: Tensor | None) -> None:
         self.names.append(name)
         self.params.append(p)
         self.buffers.append(buffer)
 
-    def engine(self) -> Any:
+    def choose_engine(self) -> Any:
+        free = self.foreach is None and not torch.compiler.is_compiling()
+        if self.fused or (self.fused is None and free):
+            why = _native.refusal(self.params, self.grads, self.buffers)
+            if why is None:
+                return _native
+            if self.fused:
+                raise RuntimeError(
+                    f"fused=True, but {why}: pass fused=None to take another engine"
+                )
         plain = {torch.Tensor, torch.nn.Parameter}
         lists = self.foreach
         if lists is None:
