@@ -73,7 +73,7 @@ class LARS(torch.optim.Optimizer):
         engine. None (default): lists of plain tensors, where `fused` does not apply.
     fused : bool, optional
         True: take the whole step in C++, for whole contiguous tensors on the CPU, or
-        say why that cannot be. None (default): wherever it can be and `foreach` is None.
+        say why that cannot be. None (default): where it can be, and `foreach` is None.
     on_nonfinite, carry_norms, capturable, differentiable, master_weights
         Reserved. Anything but the default is refused.
 

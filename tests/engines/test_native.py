@@ -150,7 +150,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("w", "g", "why"), REFUSED, ids=lambda x: str(x)[:30])
 def test_what_it_refuses(w, g, why):
-    with pytest.raises(RuntimeError, match=f"native engine cannot take this step: {why}"):
+    with pytest.raises(RuntimeError, match=f"cannot take this step: {why}"):
         native.step_([w], [g], [None], 0.1, Config())
 
 

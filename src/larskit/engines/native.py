@@ -15,7 +15,7 @@ from larskit.config import Config
 from larskit.rule import Lengths, weight_decay
 
 try:
-    from larskit import _native
+    from larskit import _native  # pyright: ignore[reportMissingModuleSource]
 except ImportError as why:
     _native, _missing = None, str(why)
 
