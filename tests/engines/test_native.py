@@ -1,6 +1,7 @@
 """The C++ engine: the reference's bits, whatever the threads, the sizes, the dtypes."""
 
-import multiprocessing
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -170,20 +171,28 @@ def test_several_python_threads_at_once():
         assert all(map(torch.equal, result, expected))
 
 
-def _in_child(queue: Any) -> None:
+FORKING = """
+import os, signal
+import numpy as np
+from larskit.config import Config
+from larskit.engines import native
+
+def step():
     w = np.ones(500_000, "float32")
-    native.step_([w], [w.copy()], [None], 0.5, Config(trust_coefficient=1.0))
-    queue.put(float(w[-1]))
+    config = Config(trust_coefficient=1.0)
+    native.step_([w, w.copy()], [w.copy(), w.copy()], [None, None], 0.5, config)
+    return float(w[-1])
+
+native._threads = lambda like: 2
+assert step() == 0.5
+if os.fork() == 0:
+    signal.alarm(30)
+    os._exit(0 if step() == 0.5 else 1)
+print(os.waitstatus_to_exitcode(os.wait()[1]), step())
+"""
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_has_a_pool_of_its_own():
-    w = np.ones(500_000, "float32")
-    native.step_([w], [w.copy()], [None], 0.5, Config())
-    context: Any = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_in_child, args=(queue,))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
-    assert queue.get() == 0.5
+    command = [sys.executable, "-c", FORKING]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "0 0.5\n", done.stderr
