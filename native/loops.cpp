@@ -1,9 +1,9 @@
 // The loops over elements. This file is compiled once per instruction set, with
-// LARSKIT_LOOPS naming the result; -ffp-contract=off keeps a*b + c two operations.
+// LARSKIT_LOOPS naming the result; -ffp-contract=off keeps a*b + c two operations. It
+// calls no inline function of the library: the linker keeps one copy of such a one, which
+// may be of an instruction set that the processor has not.
 #include "kernel.hpp"
 
-#include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -199,7 +199,8 @@ const C *accumulate(const Options &o, const C *v, const C *x, std::int64_t n, C 
     for (std::int64_t i = 0; i < n; ++i)
       new_v[i] = mu * v[i] + taken * x[i];
   else
-    std::copy(x, x + n, new_v);
+    for (std::int64_t i = 0; i < n; ++i)
+      new_v[i] = x[i];
   if (!o.nesterov)
     return new_v;
   for (std::int64_t i = 0; i < n; ++i)
@@ -215,12 +216,17 @@ const C *accumulate_plain(const Options &o, const C *v, const C *u, std::int64_t
   return accumulate(o, v ? v : zeros, u, n, new_v, y);
 }
 
+std::int64_t elements(const Layer &layer, std::int64_t k) {
+  const std::int64_t left = layer.size - k * block;
+  return left < block ? left : block;
+}
+
 template <class W, class G, class C> struct Typed {
   static void square_weights(const Options &, const Layer &layer, std::int64_t first,
                              std::int64_t last, double *sums) {
     alignas(64) C space[block];
     for (std::int64_t k = first; k < last; ++k) {
-      std::int64_t n = std::min(block, layer.size - k * block);
+      std::int64_t n = elements(layer, k);
       auto *w = static_cast<const W *>(layer.weights) + k * block;
       sums[k] = sum_of_squares(load(w, n, space), n);
     }
@@ -231,7 +237,7 @@ template <class W, class G, class C> struct Typed {
                               std::int64_t last, double *sums) {
     alignas(64) C a[block], b[block], c[block], d[block], e[block];
     for (std::int64_t k = first; k < last; ++k) {
-      std::int64_t n = std::min(block, layer.size - k * block);
+      std::int64_t n = elements(layer, k);
       const C *x = load(static_cast<const G *>(layer.gradient) + k * block, n, a);
       if (o.denominator == Denominator::decayed_gradient ||
           o.denominator == Denominator::momentum) {
@@ -252,7 +258,7 @@ template <class W, class G, class C> struct Typed {
     const bool plain = o.denominator == Denominator::momentum;
     const bool simple = o.has_momentum && !o.nesterov && !o.maximize && !plain;
     for (std::int64_t k = first; k < last; ++k) {
-      std::int64_t n = std::min(block, layer.size - k * block);
+      std::int64_t n = elements(layer, k);
       W *weights = static_cast<W *>(layer.weights) + k * block;
       const C *w = load(weights, n, a);
       const C *g = load(static_cast<const G *>(layer.gradient) + k * block, n, b);

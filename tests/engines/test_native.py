@@ -138,6 +138,7 @@ def test_autograd_sees_the_write():
     assert v._version > before[1]
 
 
+SHARED = torch.ones(8)
 REFUSED = [
     (torch.ones(3, 4).T, torch.ones(4, 3), "weight 0 is not contiguous"),
     (torch.ones(4), torch.ones(8)[::2], "gradient 0 is not contiguous"),
@@ -145,6 +146,8 @@ REFUSED = [
     (torch.ones(4), torch.ones(4).double(), "weight 0 is float32 and its gradient flo"),
     (torch.ones(2, dtype=torch.complex64),) * 2 + ("weight 0 is complex64",),
     (torch.ones(2, device="meta"),) * 2 + ("weight 0 is on the device meta",),
+    (SHARED, SHARED, "two of the arrays share memory"),
+    (SHARED[:4], SHARED[2:6], "two of the arrays share memory"),
     (np.ones(2, ">f4"), np.ones(2, "f4"), "weight 0 is not contiguous"),
 ]
 

@@ -6,6 +6,7 @@ instruction set, and the best that the processor runs is chosen when they are ne
 
 import os
 import sys
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def refusal(weights: list[Any], gradients: list[Any], buffers: list[Any]) -> str
             return f"weight {i} is {dtype_name(w)} and its gradient {dtype_name(g)}"
         if v is not None and dtype_name(v) != dtype_name(w):
             return f"weight {i} is {dtype_name(w)} and its buffer {dtype_name(v)}"
-    return None
+    return _overlap([*weights, *gradients, *(v for v in buffers if v is not None)])
 
 
 def _fault(x: Any, w: Any) -> str | None:
@@ -67,6 +68,14 @@ def _fault(x: Any, w: Any) -> str | None:
     if x.layout is not torch.strided or not x.is_contiguous():
         return "is not contiguous"
     return "is a lazy view (conj or neg)" if x.is_conj() or x.is_neg() else None
+
+
+def _overlap(arrays: list[Any]) -> str | None:
+    spans = sorted((_address(x), x.nbytes) for x in arrays if x.nbytes)
+    for (start, size), (following, _) in pairwise(spans):
+        if start + size > following:
+            return "two of the arrays share memory, where threads would collide"
+    return None
 
 
 def lengths(arrays: list[Any]) -> Any:
