@@ -3,15 +3,21 @@
 #include "pool.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <numeric>
+#include <thread>
 
 namespace larskit {
 namespace {
 
-// Pieces of a layer that is too large for one thread, and what a group must hold to be
-// worth the waking of another.
-constexpr std::int64_t piece = 64, alone = 32 * 1024;
+// In elements: what a group must hold to be worth the waking of a second thread, and what
+// a layer may hold to be left to one, which then finds it in its own cache.
+constexpr std::int64_t alone = 32 * 1024, whole = 256 * 1024;
+
+// In blocks: what threads take of a larger layer, and what a loop takes while it is in
+// the innermost cache.
+constexpr std::int64_t piece = 128, bite = 8;
 
 std::int64_t blocks(const Layer &layer) {
   return std::max<std::int64_t>(1, (layer.size + block - 1) / block);
@@ -45,135 +51,167 @@ double trust_ratio(const Options &o, double w_norm, double q) {
   return w_norm <= o.threshold || (o.zero_guard && q <= 0) ? 1 : ratio;
 }
 
-// A layer in work, and the sums of its blocks.
-struct Work {
-  std::vector<double> weights, measured;
-  Lengths lengths;
+// What threads have found of a layer. The last of them to add its part sums it all up.
+class Sums {
+public:
+  void expect(std::int64_t blocks, int arrays) {
+    for (int i = 0; i < arrays; ++i)
+      sums_[i].resize(blocks);
+    missing_ = blocks;
+  }
+  double *of(int array) { return sums_[array].empty() ? nullptr : sums_[array].data(); }
+  double length(int array) { return std::sqrt(fold(sums_[array])); }
+  bool add(std::int64_t blocks) { return missing_.fetch_sub(blocks) == blocks; }
+
+private:
+  std::vector<double> sums_[2];
+  std::atomic<std::int64_t> missing_{0};
 };
 
-struct Piece {
+struct Work {
+  Sums before, after;
+  std::atomic<bool> measured{false};
+};
+
+struct Task {
   int layer;
   std::int64_t first, last;
+  bool measure, move;
 };
 
 class Step {
 public:
-  Step(const Options &o, const std::vector<Layer> &layers,
-       const std::vector<Lengths> &known)
-      : o_(o), layers_(layers), known_(known), work_(layers.size()) {}
+  Step(const Options &o, const std::vector<Layer> &layers, Lengths *lengths,
+       Loops::Move Loops::*move)
+      : o_(o), layers_(layers), lengths_(lengths),
+        loops_(loops(o.weights, o.gradients)), move_(move ? loops_.*move : nullptr),
+        work_(layers.size()) {}
 
-  std::vector<Lengths> run(int threads) {
+  void run(int threads) {
     std::int64_t total = 0;
     for (const Layer &layer : layers_)
       total += layer.size;
-    if (total < alone)
-      threads = 1;
-    sort(threads == 1 ? total : total / (2 * threads));
-    parallel(int(pieces_.size()), threads, [this](int i) { measure(pieces_[i]); });
-    for (int i : large_)
-      finish(i);
-    int split = int(pieces_.size());
-    parallel(split + int(small_.size()), threads, [this, split](int i) {
-      if (i < split)
-        update(pieces_[i]);
-      else
-        whole(small_[i - split]);
-    });
-    std::vector<Lengths> found;
-    for (const Work &work : work_)
-      found.push_back(work.lengths);
-    return found;
+    plan(total < alone ? 1 : threads);
+    parallel(int(tasks_.size()), total < alone ? 1 : threads,
+             [this](int i) { perform(tasks_[i]); });
   }
 
 private:
-  // Layers over `limit` are cut into pieces; the others are for one thread each, so that
-  // the update finds in cache what the norms have read. The largest come first.
-  void sort(std::int64_t limit) {
+  // The largest come first. Tasks are taken in this order: who waits for a length waits
+  // for threads that are at work on it. The move begins where the measuring has ended,
+  // with what is still in cache.
+  void plan(int threads) {
     std::vector<int> order(layers_.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [this](int a, int b) {
       return layers_[a].size > layers_[b].size;
     });
     for (int i : order) {
-      if (layers_[i].size <= limit) {
-        small_.push_back(i);
+      const std::int64_t n = blocks(layers_[i]);
+      expect(i, n);
+      if (threads == 1 || layers_[i].size <= whole) {
+        tasks_.push_back({i, 0, n, true, move_ != nullptr});
         continue;
       }
-      large_.push_back(i);
-      prepare(i);
-      for (std::int64_t k = 0; k < blocks(layers_[i]); k += piece)
-        pieces_.push_back({i, k, std::min(k + piece, blocks(layers_[i]))});
+      for (std::int64_t k = 0; k < n; k += piece)
+        tasks_.push_back({i, k, std::min(k + piece, n), true, false});
+      for (std::int64_t k = n; move_ && k > 0; k -= std::min(k, piece))
+        tasks_.push_back({i, std::max(k - piece, std::int64_t(0)), k, false, true});
     }
   }
 
-  void prepare(int i) {
-    if (known_.empty()) {
-      work_[i].weights.resize(blocks(layers_[i]));
-      work_[i].measured.resize(blocks(layers_[i]));
-    }
+  void expect(int i, std::int64_t n) {
+    work_[i].before.expect(n, 2);
+    if (o_.measure_result)
+      work_[i].after.expect(n, 1);
   }
 
-  void measure(const Piece &p) {
-    if (!known_.empty())
+  void perform(const Task &task) {
+    if (task.measure)
+      measure(task);
+    if (!task.move)
       return;
-    const Layer &layer = layers_[p.layer];
-    Work &work = work_[p.layer];
-    loops_.square_weights(o_, layer, p.first, p.last, work.weights.data());
-    loops_.square_measured(o_, layer, p.first, p.last, work.measured.data());
+    wait_for(work_[task.layer].measured);
+    for (std::int64_t last = task.last; last > task.first; last -= bite) {
+      const std::int64_t first = std::max(task.first, last - bite);
+      move(task.layer, first, last);
+    }
   }
 
-  void finish(int i) {
-    Work &work = work_[i];
-    if (known_.empty()) {
-      work.lengths.weight = std::sqrt(fold(work.weights));
-      work.lengths.denominator = std::sqrt(fold(work.measured));
-    } else
-      work.lengths = known_[i];
-    work.lengths.ratio = trust_ratio(o_, work.lengths.weight, work.lengths.denominator);
+  void measure(const Task &task) {
+    const Layer &layer = layers_[task.layer];
+    Work &work = work_[task.layer];
+    Lengths &lengths = lengths_[task.layer];
+    if (lengths.weight < 0)
+      loops_.square_weights(o_, layer, task.first, task.last, work.before.of(0));
+    if (lengths.denominator < 0)
+      loops_.square_measured(o_, layer, task.first, task.last, work.before.of(1));
+    if (!work.before.add(task.last - task.first))
+      return;
+    if (lengths.weight < 0)
+      lengths.weight = work.before.length(0);
+    if (lengths.denominator < 0)
+      lengths.denominator = work.before.length(1);
+    lengths.ratio = trust_ratio(o_, lengths.weight, lengths.denominator);
+    work.measured.store(true, std::memory_order_release);
   }
 
-  void update(const Piece &p) {
-    double ratio = work_[p.layer].lengths.ratio;
-    loops_.update(o_, layers_[p.layer], ratio, p.first, p.last);
+  void move(int i, std::int64_t first, std::int64_t last) {
+    move_(o_, layers_[i], lengths_[i].ratio, first, last);
+    if (!o_.measure_result)
+      return;
+    Sums &after = work_[i].after;
+    loops_.square_result(o_, layers_[i], first, last, after.of(0));
+    if (after.add(last - first))
+      lengths_[i].result = after.length(0);
   }
 
-  void whole(int i) {
-    Piece all{i, 0, blocks(layers_[i])};
-    prepare(i);
-    measure(all);
-    finish(i);
-    update(all);
+  static void wait_for(const std::atomic<bool> &done) {
+    for (int spins = 0; !done.load(std::memory_order_acquire); ++spins)
+      if (spins > 1000)
+        std::this_thread::yield();
   }
 
   const Options &o_;
   const std::vector<Layer> &layers_;
-  const std::vector<Lengths> &known_;
-  const Loops &loops_ = loops();
+  Lengths *lengths_;
+  const Loops &loops_;
+  const Loops::Move move_;
   std::vector<Work> work_;
-  std::vector<Piece> pieces_;
-  std::vector<int> large_, small_;
+  std::vector<Task> tasks_;
 };
 
 } // namespace
 
-const Loops &loops() {
+const Loops &loops(Dtype weights, Dtype gradients) {
 #if defined(LARSKIT_X86)
-  static const Loops &best = [&]() -> const Loops & {
+  static const auto best = [] {
     __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
-      return loops_avx512;
-    return avx2 ? loops_avx2 : loops_baseline;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512vl");
+    return avx512 ? loops_avx512 : avx2 ? loops_avx2 : loops_baseline;
   }();
-  return best;
+  return best(weights, gradients);
 #else
-  return loops_baseline;
+  return loops_baseline(weights, gradients);
 #endif
 }
 
-std::vector<Lengths> step(const Options &o, const std::vector<Layer> &layers,
-                          int threads, const std::vector<Lengths> &known) {
-  return Step(o, layers, known).run(threads);
+void step(const Options &o, const std::vector<Layer> &layers, Lengths *lengths,
+          int threads) {
+  Step(o, layers, lengths, &Loops::update).run(threads);
+}
+
+void measure(const Options &o, const std::vector<Layer> &layers, Lengths *lengths,
+             int threads) {
+  Step(o, layers, lengths, nullptr).run(threads);
+}
+
+void rescale(const Options &o, const std::vector<Layer> &layers, Lengths *lengths,
+             int threads) {
+  Step(o, layers, lengths, &Loops::rescale).run(threads);
 }
 
 } // namespace larskit

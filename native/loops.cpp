@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -115,59 +115,51 @@ template <class T, class C> void store(const C *x, std::int64_t n, T *out) {
       narrow(x[i], out[i]);
 }
 
-// Eight numbers that stay in registers; a compiler without vectors keeps an array.
-#if defined(__GNUC__)
-typedef double Eight __attribute__((vector_size(64)));
-template <class C> Eight eight(const C *x) {
-  typedef C Narrow __attribute__((vector_size(8 * sizeof(C))));
-  Narrow loaded;
-  std::memcpy(&loaded, x, sizeof loaded);
-  return __builtin_convertvector(loaded, Eight);
-}
+// As many float64 numbers as a register holds. The square of a float is exact in float64,
+// so adding it in one operation gives the bits of two.
+#if defined(__AVX512F__)
+typedef __m512d Wide;
+inline Wide wide(const float *x) { return _mm512_cvtps_pd(_mm256_loadu_ps(x)); }
+inline Wide wide(const double *x) { return _mm512_loadu_pd(x); }
+inline Wide add_square(Wide x, Wide sum, float) { return _mm512_fmadd_pd(x, x, sum); }
+#elif defined(__AVX2__)
+typedef __m256d Wide;
+inline Wide wide(const float *x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
+inline Wide wide(const double *x) { return _mm256_loadu_pd(x); }
+inline Wide add_square(Wide x, Wide sum, float) { return _mm256_fmadd_pd(x, x, sum); }
+#elif defined(__GNUC__)
+typedef double Wide __attribute__((vector_size(16)));
+template <class C> Wide wide(const C *x) { return Wide{double(x[0]), double(x[1])}; }
+inline Wide add_square(Wide x, Wide sum, float) { return sum + x * x; }
 #else
-struct Eight {
-  double x[8];
-  double &operator[](int i) { return x[i]; }
-  Eight &operator+=(const Eight &o) {
-    for (int i = 0; i < 8; ++i)
-      x[i] += o.x[i];
-    return *this;
-  }
-  friend Eight operator*(const Eight &a, const Eight &b) {
-    Eight out;
-    for (int i = 0; i < 8; ++i)
-      out.x[i] = a.x[i] * b.x[i];
-    return out;
-  }
-};
-template <class C> Eight eight(const C *x) {
-  Eight out;
-  for (int i = 0; i < 8; ++i)
-    out.x[i] = x[i];
-  return out;
-}
+typedef double Wide;
+template <class C> Wide wide(const C *x) { return double(*x); }
+inline Wide add_square(Wide x, Wide sum, float) { return sum + x * x; }
 #endif
+inline Wide add_square(Wide x, Wide sum, double) { return sum + x * x; }
 
-// rule.sum_of_squares of one block: rows in turn, then the lanes folded in halves.
+// rule.sum_of_squares of one block: rows in turn, then the lanes folded in halves. As
+// many lanes go down the rows together as there are registers for their sums.
 template <class C> double sum_of_squares(const C *x, std::int64_t n) {
-  Eight total[lanes / 8] = {};
-  std::int64_t i = 0;
-  for (; i + lanes <= n; i += lanes)
-    for (int j = 0; j < lanes / 8; ++j) {
-      Eight wide = eight(x + i + 8 * j);
-      total[j] += wide * wide;
-    }
-  for (std::int64_t lane = 0; i + lane < n; ++lane) {
-    double wide = x[i + lane];
-    total[lane / 8][lane % 8] += wide * wide;
+  constexpr int width = sizeof(Wide) / sizeof(double), together = 8 * width < lanes ? 8 : lanes / width;
+  const std::int64_t whole = n / lanes * lanes;
+  alignas(64) C last[lanes] = {};
+  for (std::int64_t i = whole; i < n; ++i)
+    last[i - whole] = x[i];
+  alignas(64) double total[lanes];
+  for (int lane = 0; lane < lanes; lane += together * width) {
+    Wide sums[together] = {};
+    for (std::int64_t i = lane; i < whole; i += lanes)
+      for (int j = 0; j < together; ++j)
+        sums[j] = add_square(wide(x + i + j * width), sums[j], C());
+    for (int j = 0; j < together; ++j)
+        sums[j] = add_square(wide(last + lane + j * width), sums[j], C());
+    std::memcpy(total + lane, sums, sizeof sums);
   }
-  total[0] += total[2];
-  total[1] += total[3];
-  total[0] += total[1];
-  for (int half = 4; half; half /= 2)
+  for (int half = lanes / 2; half; half /= 2)
     for (int lane = 0; lane < half; ++lane)
-      total[0][lane] += total[0][lane + half];
-  return total[0][0];
+      total[lane] += total[lane + half];
+  return total[0];
 }
 
 // rule.decayed.
@@ -188,32 +180,29 @@ const C *decayed(const Options &o, const C *w, const C *g, std::int64_t n, C *u)
   return u;
 }
 
-// rule._accumulate: the new buffer goes to `new_v`, what to step along is returned.
+// rule._accumulate: returns the new buffer, and sets `y` to what to step along.
 template <class C>
 const C *accumulate(const Options &o, const C *v, const C *x, std::int64_t n, C *new_v,
-                    C *y) {
+                    C *ahead, const C *&y) {
   const C mu = C(o.momentum), taken = C(1 - o.dampening);
-  if (!o.has_momentum)
-    return x;
   if (v)
     for (std::int64_t i = 0; i < n; ++i)
       new_v[i] = mu * v[i] + taken * x[i];
-  else
+  const C *kept = y = v ? new_v : x;
+  if (o.nesterov) {
     for (std::int64_t i = 0; i < n; ++i)
-      new_v[i] = x[i];
-  if (!o.nesterov)
-    return new_v;
-  for (std::int64_t i = 0; i < n; ++i)
-    y[i] = x[i] + mu * new_v[i];
-  return y;
+      ahead[i] = x[i] + mu * kept[i];
+    y = ahead;
+  }
+  return kept;
 }
 
 // rule._accumulate_plain: what is not there yet counts as zeros.
 template <class C>
 const C *accumulate_plain(const Options &o, const C *v, const C *u, std::int64_t n,
-                          C *new_v, C *y) {
+                          C *new_v, C *ahead, const C *&y) {
   static const C zeros[block] = {};
-  return accumulate(o, v ? v : zeros, u, n, new_v, y);
+  return accumulate(o, v ? v : zeros, u, n, new_v, ahead, y);
 }
 
 std::int64_t elements(const Layer &layer, std::int64_t k) {
@@ -224,12 +213,12 @@ std::int64_t elements(const Layer &layer, std::int64_t k) {
 template <class W, class G, class C> struct Typed {
   static void square_weights(const Options &, const Layer &layer, std::int64_t first,
                              std::int64_t last, double *sums) {
-    alignas(64) C space[block];
-    for (std::int64_t k = first; k < last; ++k) {
-      std::int64_t n = elements(layer, k);
-      auto *w = static_cast<const W *>(layer.weights) + k * block;
-      sums[k] = sum_of_squares(load(w, n, space), n);
-    }
+    square(static_cast<const W *>(layer.weights), layer, first, last, sums);
+  }
+
+  static void square_result(const Options &, const Layer &layer, std::int64_t first,
+                            std::int64_t last, double *sums) {
+    square(static_cast<const W *>(layer.result), layer, first, last, sums);
   }
 
   // rule.measured.
@@ -238,14 +227,12 @@ template <class W, class G, class C> struct Typed {
     alignas(64) C a[block], b[block], c[block], d[block], e[block];
     for (std::int64_t k = first; k < last; ++k) {
       std::int64_t n = elements(layer, k);
-      const C *x = load(static_cast<const G *>(layer.gradient) + k * block, n, a);
+      const C *x = read<G>(layer.gradient, k, n, a);
       if (o.denominator == Denominator::decayed_gradient ||
-          o.denominator == Denominator::momentum) {
-        x = decayed(o, load(static_cast<const W *>(layer.weights) + k * block, n, b), x,
-                    n, c);
-        if (o.denominator == Denominator::momentum)
-          x = accumulate_plain(o, buffer(layer, k, n, b), x, n, d, e);
-      }
+          o.denominator == Denominator::momentum)
+        x = decayed(o, read<W>(layer.weights, k, n, b), x, n, c);
+      if (o.denominator == Denominator::momentum)
+        accumulate_plain(o, read<W>(layer.buffer, k, n, b), x, n, d, e, x);
       sums[k] = sum_of_squares(x, n);
     }
   }
@@ -256,36 +243,52 @@ template <class W, class G, class C> struct Typed {
     alignas(64) C a[block], b[block], c[block], d[block], e[block], f[block];
     const C r = C(ratio), lr = C(o.lr), lr_r = lr * r;
     const bool plain = o.denominator == Denominator::momentum;
-    const bool simple = o.has_momentum && !o.nesterov && !o.maximize && !plain;
+    const bool simple = layer.buffer && layer.new_buffer && !o.nesterov && !o.maximize;
     for (std::int64_t k = first; k < last; ++k) {
       std::int64_t n = elements(layer, k);
-      W *weights = static_cast<W *>(layer.weights) + k * block;
-      const C *w = load(weights, n, a);
-      const C *g = load(static_cast<const G *>(layer.gradient) + k * block, n, b);
-      const C *v = buffer(layer, k, n, d), *y;
-      if (simple && v) {
-        W *buffers = static_cast<W *>(layer.buffer) + k * block;
-        C *new_w = place(weights, a), *new_v = place(buffers, e);
+      const C *w = read<W>(layer.weights, k, n, a);
+      const C *g = read<G>(layer.gradient, k, n, b);
+      const C *v = read<W>(layer.buffer, k, n, d), *y;
+      W *result = static_cast<W *>(layer.result) + k * block;
+      W *buffer = layer.new_buffer ? static_cast<W *>(layer.new_buffer) + k * block
+                                   : nullptr;
+      if (simple && !plain) {
+        C *new_w = place(result, a), *new_v = place(buffer, e);
         common(o, w, g, v, r, n, new_w, new_v);
-        keep(new_w, n, weights);
-        keep(new_v, n, buffers);
+        keep(new_w, n, result);
+        keep(new_v, n, buffer);
         continue;
       }
-      const C *u = decayed(o, w, g, n, c);
+      const C *new_v, *u = decayed(o, w, g, n, c);
       if (plain)
-        y = accumulate_plain(o, v, u, n, e, f);
+        new_v = accumulate_plain(o, v, u, n, e, f, y);
       else {
         const C factor = o.inside ? lr_r : r;
         for (std::int64_t i = 0; i < n; ++i)
           c[i] = factor * u[i];
-        y = accumulate(o, v, c, n, e, f);
+        new_v = accumulate(o, v, c, n, e, f, y);
       }
-      if (o.has_momentum)
-        store(e, n, static_cast<W *>(layer.buffer) + k * block);
+      if (buffer)
+        store(new_v, n, buffer);
       const C factor = o.inside ? C(1) : plain ? lr_r : lr;
       for (std::int64_t i = 0; i < n; ++i)
         a[i] = w[i] - factor * y[i];
-      store(a, n, weights);
+      store(a, n, result);
+    }
+  }
+
+  // rule.scaled_gradient.
+  static void rescale(const Options &o, const Layer &layer, double ratio,
+                      std::int64_t first, std::int64_t last) {
+    alignas(64) C a[block], b[block], c[block];
+    const C r = C(ratio);
+    for (std::int64_t k = first; k < last; ++k) {
+      std::int64_t n = elements(layer, k);
+      const C *w = read<W>(layer.weights, k, n, a);
+      const C *u = decayed(o, w, read<G>(layer.gradient, k, n, b), n, c);
+      for (std::int64_t i = 0; i < n; ++i)
+        c[i] = r * u[i];
+      store(c, n, static_cast<G *>(layer.result) + k * block);
     }
   }
 
@@ -328,52 +331,46 @@ private:
       store(x, n, out);
   }
 
-  static const C *buffer(const Layer &layer, std::int64_t k, std::int64_t n, C *space) {
-    if (!layer.buffer || layer.first)
-      return nullptr;
-    return load(static_cast<const W *>(layer.buffer) + k * block, n, space);
+  // Block k of an array, as `load` does; null where there is none.
+  template <class T>
+  static const C *read(const void *x, std::int64_t k, std::int64_t n, C *space) {
+    return x ? load(static_cast<const T *>(x) + k * block, n, space) : nullptr;
+  }
+
+  static void square(const W *x, const Layer &layer, std::int64_t first,
+                     std::int64_t last, double *sums) {
+    alignas(64) C space[block];
+    for (std::int64_t k = first; k < last; ++k) {
+      std::int64_t n = elements(layer, k);
+      sums[k] = sum_of_squares(read<W>(x, k, n, space), n);
+    }
   }
 };
-
-// Call `f` with the loops for the dtypes in `o`.
-template <class F> void typed(const Options &o, F f) {
-  if (o.weights == Dtype::float64)
-    f(Typed<double, double, double>{});
-  else if (o.weights == Dtype::bfloat16)
-    f(Typed<bfloat16, bfloat16, float>{});
-  else if (o.weights == Dtype::float16)
-    f(Typed<float16, float16, float>{});
-  else if (o.gradients == Dtype::bfloat16)
-    f(Typed<float, bfloat16, float>{});
-  else if (o.gradients == Dtype::float16)
-    f(Typed<float, float16, float>{});
-  else
-    f(Typed<float, float, float>{});
-}
-
-void square_weights(const Options &o, const Layer &layer, std::int64_t first,
-                    std::int64_t last, double *sums) {
-  typed(o, [&](auto t) { t.square_weights(o, layer, first, last, sums); });
-}
-
-void square_measured(const Options &o, const Layer &layer, std::int64_t first,
-                     std::int64_t last, double *sums) {
-  typed(o, [&](auto t) { t.square_measured(o, layer, first, last, sums); });
-}
-
-void update(const Options &o, const Layer &layer, double ratio, std::int64_t first,
-            std::int64_t last) {
-  typed(o, [&](auto t) { t.update(o, layer, ratio, first, last); });
-}
-
-} // namespace
 
 #define LARSKIT_TEXT_(x) #x
 #define LARSKIT_TEXT(x) LARSKIT_TEXT_(x)
 #define LARSKIT_JOIN_(a, b) a##b
 #define LARSKIT_JOIN(a, b) LARSKIT_JOIN_(a, b)
 
-extern const Loops LARSKIT_JOIN(loops_, LARSKIT_LOOPS) = {
-    LARSKIT_TEXT(LARSKIT_LOOPS), square_weights, square_measured, update};
+template <class T>
+constexpr Loops table = {LARSKIT_TEXT(LARSKIT_LOOPS), T::square_weights,
+                         T::square_measured,          T::square_result,
+                         T::update,                   T::rescale};
+
+} // namespace
+
+const Loops &LARSKIT_JOIN(loops_, LARSKIT_LOOPS)(Dtype weights, Dtype gradients) {
+  if (weights == Dtype::float64)
+    return table<Typed<double, double, double>>;
+  if (weights == Dtype::bfloat16)
+    return table<Typed<bfloat16, bfloat16, float>>;
+  if (weights == Dtype::float16)
+    return table<Typed<float16, float16, float>>;
+  if (gradients == Dtype::bfloat16)
+    return table<Typed<float, bfloat16, float>>;
+  if (gradients == Dtype::float16)
+    return table<Typed<float, float16, float>>;
+  return table<Typed<float, float, float>>;
+}
 
 } // namespace larskit

@@ -22,7 +22,7 @@ class Options:
     adapt: bool
     maximize: bool
     zero_guard: bool
-    has_momentum: bool
+    measure_result: bool
     lr: float
     momentum: float
     weight_decay: float
@@ -31,16 +31,39 @@ class Options:
     dampening: float
     threshold: float
 
-def step(
-    options: Options,
-    weights: Sequence[int],
-    gradients: Sequence[int],
-    buffers: Sequence[int],
-    first: Sequence[bool],
-    sizes: Sequence[int],
-    threads: int,
-    w_norms: Sequence[float],
-    q: Sequence[float],
-    /,
-) -> tuple[list[float], list[float], list[float]]: ...
+Addresses = Sequence[int]
+
+class Group:
+    def __init__(
+        self,
+        weights: Addresses,
+        buffers: Addresses,
+        results: Addresses,
+        new_buffers: Addresses,
+        sizes: Sequence[int],
+        bytes: int,
+        gradient_bytes: int,
+        rescales: bool,
+        /,
+    ) -> None: ...
+    def collides(self, gradients: Addresses, /) -> bool: ...
+    def step(
+        self,
+        options: Options,
+        gradients: Addresses,
+        lengths: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def rescale(
+        self,
+        options: Options,
+        gradients: Addresses,
+        lengths: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def measure(self, options: Options, lengths: int, threads: int, /) -> None: ...
+
+def end() -> None: ...
 def variant() -> str: ...

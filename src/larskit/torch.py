@@ -1,7 +1,6 @@
 """LARS as a `torch.optim.Optimizer`."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from typing import Any
 
 try:
@@ -26,12 +25,12 @@ __all__ = ["LARS", "param_groups"]
 
 _LATER = {
     "on_nonfinite": "propagate",
-    "carry_norms": False,
     "capturable": False,
     "differentiable": False,
     "master_weights": False,
 }
 _PER_LAYER = ("adapt", "decay")
+_ENGINES = ("foreach", "fused", "carry_norms")
 _PER_GROUP = tuple(
     name for name in _config.NAMES if name not in (*_PER_LAYER, "zero_guard")
 )
@@ -74,7 +73,12 @@ class LARS(torch.optim.Optimizer):
     fused : bool, optional
         True: take the whole step in C++, for whole contiguous tensors on the CPU, or
         say why that cannot be. None (default): where it can be, and `foreach` is None.
-    on_nonfinite, carry_norms, capturable, differentiable, master_weights
+    carry_norms : bool
+        Measure the new weights while they are written, so that the next step need not:
+        a pass over memory less. It demands the native engine. Weights that something
+        else writes are measured anew, but for what edits them through ``.data``, which
+        nothing can see: call ``torch.autograd.graph.increment_version(p)`` after such.
+    on_nonfinite, capturable, differentiable, master_weights
         Reserved. Anything but the default is refused.
 
     Raises
@@ -133,9 +137,10 @@ class LARS(torch.optim.Optimizer):
         given = locals()
         defaults = {
             name: given[name]
-            for name in ("lr", *_PER_GROUP, *_PER_LAYER, "foreach", "fused", *_LATER)
+            for name in ("lr", *_PER_GROUP, *_PER_LAYER, *_ENGINES, *_LATER)
         }
-        self._last: list[_Bucket] = []
+        self._buckets: list[_Bucket] = []
+        self._sorted_by: Any = None
         super().__init__(params, defaults)
         for name in _PER_LAYER:
             selected = [any(group[name]) for group in self.param_groups]
@@ -162,7 +167,7 @@ class LARS(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a pickled or loaded state; what an older one lacks gets its default."""
         super().__setstate__(state)
-        self._last = []
+        self._buckets, self._sorted_by = [], None
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name in _PER_LAYER:
@@ -192,16 +197,13 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets = [
-            bucket
-            for i, group in enumerate(self.param_groups)
-            for bucket in self._buckets(i, group)
-        ]
-        for bucket in buckets:
-            bucket.engine = bucket.choose_engine()
-        for bucket in buckets:
-            self._step_bucket(bucket)
-        self._last = buckets
+        for group in self.param_groups:
+            check_lr(group["lr"])
+        gradients = [[p.grad for p in group["params"]] for group in self.param_groups]
+        if not self._sorted_still(gradients):
+            self._sort(gradients)
+        for bucket in self._buckets:
+            bucket.step_(self.state)
         return loss
 
     def lengths(self) -> dict[str, Lengths]:
@@ -215,90 +217,152 @@ class LARS(torch.optim.Optimizer):
             Empty before the first step. This waits for the device.
         """
         found = {}
-        for bucket in self._last:
+        for bucket in self._buckets:
             rows = zip(*(column.tolist() for column in bucket.lengths), strict=True)
             found.update(zip(bucket.names, map(Lengths._make, rows), strict=True))
         return found
 
-    def _buckets(self, index: int, group: dict[str, Any]) -> "Iterable[_Bucket]":
-        """Sort the parameters of a group into lists that one engine call can step."""
-        check_lr(group["lr"])
-        config = Config(**{name: group[name] for name in _PER_GROUP})
-        buckets: dict[Any, _Bucket] = {}
-        names = group.get("param_names") or [
-            f"{index}.{i}" for i in range(len(group["params"]))
+    def _sorted_still(self, gradients: list[list[Any]]) -> bool:
+        """Give the buckets of the last step their new gradients, if they serve again."""
+        if self._sorted_by != self._sorting(gradients):
+            return False
+        for bucket in self._buckets:
+            found = gradients[bucket.index]
+            bucket.grads = [found[i] for i in bucket.rows]
+        return all(bucket.holds(self.state) for bucket in self._buckets)
+
+    def _sorting(self, gradients: list[list[Any]]) -> Any:
+        """Return what decides which parameter is in which bucket, but for dtypes."""
+        return [
+            (
+                [*map(id, group["params"])],
+                [g is None for g in found],
+                *(group[name] for name in (*_PER_LAYER, *_ENGINES)),
+                group["momentum"] == 0,
+            )
+            for group, found in zip(self.param_groups, gradients, strict=True)
         ]
-        rows = zip(names, group["params"], group["adapt"], group["decay"], strict=True)
-        for name, p, adapt, decay in rows:
-            if p.grad is None:
-                continue
-            if p.grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"the gradient of {name!r} is sparse ({p.grad.layout}); LARS needs "
-                    "the length of the whole layer: use dense gradients "
-                    "(sparse=False)"
-                )
-            key = p.device, p.dtype, p.grad.dtype, adapt, decay
-            if key not in buckets:
-                bucket_config = replace(config, adapt=adapt, decay=decay)
-                switches = group["foreach"], group["fused"]
-                buckets[key] = _Bucket(bucket_config, group["lr"], *switches)
-            buckets[key].add(name, p, self.state.get(p, {}).get("momentum_buffer"))
-        return buckets.values()
 
-    def _step_bucket(self, bucket: "_Bucket") -> None:
-        buffers = bucket.buffers
-        bucket.lengths = bucket.engine.step_(
-            [p.detach() for p in bucket.params],
-            bucket.grads,
-            buffers,
-            bucket.lr,
-            bucket.config,
-        )
-        for p, buffer in zip(bucket.params, buffers, strict=True):
-            if buffer is not None:
-                self.state[p]["momentum_buffer"] = buffer
-        bucket.params, bucket.buffers = [], []
+    def _sort(self, gradients: list[list[Any]]) -> None:
+        """Sort the parameters into lists that one engine call can step."""
+        buckets: dict[Any, _Bucket] = {}
+        for index, (group, found) in enumerate(
+            zip(self.param_groups, gradients, strict=True)
+        ):
+            names = group.get("param_names") or [
+                f"{index}.{i}" for i in range(len(group["params"]))
+            ]
+            columns = names, group["params"], found, group["adapt"], group["decay"]
+            for i, (name, p, g, adapt, decay) in enumerate(zip(*columns, strict=True)):
+                if g is None:
+                    continue
+                _check_dense(g, name)
+                key = index, p.device, p.dtype, g.dtype, adapt, decay
+                if key not in buckets:
+                    buckets[key] = _Bucket(group, index, adapt, decay)
+                buckets[key].add(i, name, p, g, _buffer(self.state, p))
+        for bucket in buckets.values():
+            bucket.choose_engine(self._buckets)
+        self._buckets = list(buckets.values())
+        self._sorted_by = self._sorting(gradients)
 
 
-@dataclass
 class _Bucket:
     """Layers of one device, dtype and kind, and what a step measured of them."""
 
-    config: Config
-    lr: Any
-    foreach: bool | None
-    fused: bool | None
-    names: list[str] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)
-    buffers: list[Tensor | None] = field(default_factory=list)
-    engine: Any = None
-    lengths: Any = None
+    def __init__(
+        self, group: dict[str, Any], index: int, adapt: bool, decay: bool
+    ) -> None:
+        self.group, self.index = group, index
+        self.flags = {"adapt": adapt, "decay": decay}
+        self.rows: list[int] = []  # of the parameters, in their group
+        self.names: list[str] = []
+        self.params: list[Tensor] = []
+        self.grads: list[Any] = []
+        self.buffers: list[Tensor | None] = []
+        self.engine: Any = None
+        self.native: _native.Group | None = None
+        self.stored = False
+        self.lengths: Any = None
 
-    @property
-    def grads(self) -> list[Any]:
-        return [p.grad for p in self.params]
-
-    def add(self, name: str, p: Tensor, buffer: Tensor | None) -> None:
+    def add(
+        self, row: int, name: str, p: Tensor, grad: Tensor, buffer: Tensor | None
+    ) -> None:
+        self.rows.append(row)
         self.names.append(name)
         self.params.append(p)
+        self.grads.append(grad)
         self.buffers.append(buffer)
 
-    def choose_engine(self) -> Any:
-        free = self.foreach is None and not torch.compiler.is_compiling()
-        if self.fused or (self.fused is None and free):
-            why = _native.refusal(self.params, self.grads, self.buffers)
-            if why is None:
-                return _native
-            if self.fused:
-                raise RuntimeError(
-                    f"fused=True, but {why}: pass fused=None to take another engine"
-                )
+    @property
+    def config(self) -> Config:
+        return Config(**{name: self.group[name] for name in _PER_GROUP}, **self.flags)
+
+    def choose_engine(self, former: "list[_Bucket]") -> None:
+        """Choose as the group's switches say; `former` buckets may know lengths."""
+        foreach, fused = self.group["foreach"], self.group["fused"]
+        carry = self.group["carry_norms"]
+        free = foreach is None and not torch.compiler.is_compiling()
+        if fused or (fused is None and free):
+            try:
+                self._go_native(former if carry else [])
+                return
+            except _native.Unfit as why:
+                if fused or carry:
+                    demand = "fused=True" if fused else "carry_norms=True"
+                    raise RuntimeError(
+                        f"{demand}, but {why}: leave it away to take another engine"
+                    ) from None
         plain = {torch.Tensor, torch.nn.Parameter}
-        lists = self.foreach
-        if lists is None:
-            lists = all(type(p) in plain for p in self.params)
-        return _foreach if lists else _reference
+        if foreach is None:
+            foreach = all(type(p) in plain for p in self.params)
+        self.engine = _foreach if foreach else _reference
+
+    def _go_native(self, former: "list[_Bucket]") -> None:
+        kept = _native.kept_buffers(self.params, self.buffers, self.config)
+        columns = self.params, self.grads, self.buffers
+        self.native = _native.Group(*columns, new_buffers=kept)
+        self.buffers = kept
+        for bucket in former:
+            if bucket.native is not None:
+                self.native.take_over(bucket.native)
+
+    def holds(self, state: Any) -> bool:
+        """Whether the native engine can go on with the gradients that are here now."""
+        if self.native is None or not self.native.holds(self.grads):
+            return False
+        pairs = zip(self.params, self.buffers, strict=True)
+        return all(_buffer(state, p) is buffer for p, buffer in pairs)
+
+    def step_(self, state: Any) -> None:
+        """Move the layers and keep their buffers in `state`."""
+        lr = self.group["lr"]
+        if self.native is not None:
+            carry = self.group["carry_norms"]
+            self.lengths = self.native.step_(self.grads, lr, self.config, carry=carry)
+        else:
+            weights = [p.detach() for p in self.params]
+            columns = weights, self.grads, self.buffers
+            self.lengths = self.engine.step_(*columns, lr, self.config)
+        self.grads = []
+        if self.stored:
+            return
+        for p, buffer in zip(self.params, self.buffers, strict=True):
+            if buffer is not None:
+                state[p]["momentum_buffer"] = buffer
+        self.stored = self.native is not None
+
+
+def _buffer(state: Any, p: Tensor) -> Tensor | None:
+    return state[p].get("momentum_buffer") if p in state else None
+
+
+def _check_dense(grad: Tensor, name: str) -> None:
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"the gradient of {name!r} is sparse ({grad.layout}); LARS needs the "
+            "length of the whole layer: use dense gradients (sparse=False)"
+        )
 
 
 def param_groups(
@@ -364,6 +428,11 @@ def _check_group(group: dict[str, Any]) -> None:
     if group["foreach"] and group["fused"]:
         raise RuntimeError(
             "foreach=True and fused=True demand two engines: leave one of them None"
+        )
+    if group["carry_norms"] and (group["foreach"] is not None or group["fused"] is False):
+        raise RuntimeError(
+            f"carry_norms=True demands the native engine, but foreach is "
+            f"{group['foreach']} and fused {group['fused']}: leave both None"
         )
     for name, allowed in _LATER.items():
         if group[name] not in (allowed, False):
