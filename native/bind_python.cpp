@@ -2,14 +2,17 @@
 #include "kernel.hpp"
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <thread>
 
 namespace nb = nanobind;
+using namespace nanobind::literals;
 using namespace larskit;
 using Addresses = std::vector<std::uintptr_t>;
 
@@ -39,6 +42,60 @@ void end() {
   }
 }
 
+// What DLPack lets a framework publish: functions that describe one of its tensors to
+// whoever holds its Python object, without a call through Python.
+struct Exchange {
+  std::uint32_t major, minor;
+  Exchange *older;
+  void *others[3];
+  int (*describe)(void *tensor, nb::dlpack::dltensor *);
+};
+
+// What an array looked like. Another one that looks so can take its place.
+class Look {
+public:
+  Look(const Exchange &exchange, nb::handle x) : type_(Py_TYPE(x.ptr())) {
+    const auto now = describe(exchange, x);
+    data_ = now.data;
+    dtype_ = now.dtype;
+    device_ = now.device;
+    shape_.assign(now.shape, now.shape + now.ndim);
+    strides_.assign(now.strides, now.strides + now.ndim);
+  }
+
+  // Sets `data` to where the array begins now.
+  bool same(const Exchange &exchange, nb::handle x, void *&data) const {
+    if (Py_TYPE(x.ptr()) != type_)
+      return false;
+    const auto now = describe(exchange, x);
+    data = now.data;
+    return now.ndim == int(shape_.size()) &&
+           std::equal(shape_.begin(), shape_.end(), now.shape) &&
+           std::equal(strides_.begin(), strides_.end(), now.strides) &&
+           std::memcmp(&now.dtype, &dtype_, sizeof dtype_) == 0 &&
+           std::memcmp(&now.device, &device_, sizeof device_) == 0;
+  }
+
+  bool unmoved(const Exchange &exchange, nb::handle x) const {
+    void *data;
+    return same(exchange, x, data) && data == data_;
+  }
+
+private:
+  static nb::dlpack::dltensor describe(const Exchange &exchange, nb::handle x) {
+    nb::dlpack::dltensor out;
+    if (exchange.describe(x.ptr(), &out))
+      throw nb::python_error();
+    return out;
+  }
+
+  PyTypeObject *type_;
+  void *data_;
+  nb::dlpack::dtype dtype_;
+  nb::dlpack::device device_;
+  std::vector<std::int64_t> shape_, strides_;
+};
+
 struct Span {
   std::uintptr_t first, last;
   bool operator<(const Span &o) const { return first < o.first; }
@@ -48,12 +105,13 @@ struct Span {
 // where the results are gradients, not weights.
 class Group {
 public:
-  Group(const Addresses &weights, const Addresses &buffers, const Addresses &results,
-        const Addresses &new_buffers, const std::vector<std::int64_t> &sizes, int bytes,
-        int gradient_bytes, bool rescales)
+  Group(const Addresses &weights, const Addresses &gradients, const Addresses &buffers,
+        const Addresses &results, const Addresses &new_buffers,
+        const std::vector<std::int64_t> &sizes, int bytes, int gradient_bytes,
+        bool rescales)
       : gradient_bytes_(gradient_bytes), rescales_(rescales) {
     for (std::size_t i = 0; i < sizes.size(); ++i) {
-      layers_.push_back({pointer(weights[i]), nullptr, pointer(buffers[i]),
+      layers_.push_back({pointer(weights[i]), pointer(gradients[i]), pointer(buffers[i]),
                          pointer(results[i]), pointer(new_buffers[i]), sizes[i]});
       write(results[i], sizes[i] * (rescales ? gradient_bytes : bytes));
       write(new_buffers[i], sizes[i] * bytes);
@@ -69,29 +127,56 @@ public:
   }
 
   // Whether what is written lies over something else that is read or written.
-  bool collides(const Addresses &gradients) const {
+  bool collides() const {
     bool found = collides_;
-    for (std::size_t i = 0; i < layers_.size(); ++i) {
-      const bool in_place = pointer(gradients[i]) == layers_[i].result && rescales_;
-      found |= !in_place && hit(gradients[i], layers_[i].size * gradient_bytes_);
+    for (const Layer &layer : layers_) {
+      const auto gradient = reinterpret_cast<std::uintptr_t>(layer.gradient);
+      const bool in_place = layer.gradient == layer.result && rescales_;
+      found |= !in_place && hit(gradient, layer.size * gradient_bytes_);
     }
     return found;
   }
 
-  void step(const Options &options, const Addresses &gradients, std::uintptr_t lengths,
-            int threads) {
-    run(larskit::step, options, gradients, lengths, threads);
+  // Keep what the arrays look like, for `aim`; false where this cannot be read.
+  bool remember(nb::capsule exchange, nb::list fixed, nb::list gradients) {
+    exchange_ = static_cast<const Exchange *>(exchange.data());
+    while (exchange_ && exchange_->major != 1)
+      exchange_ = exchange_->older;
+    if (!exchange_ || !exchange_->describe)
+      return false;
+    for (nb::handle x : fixed)
+      looks_.emplace_back(*exchange_, x);
+    for (nb::handle x : gradients)
+      gradient_looks_.emplace_back(*exchange_, x);
+    return true;
+  }
+
+  // Take other gradients; false if something does not look as it did, or has moved.
+  bool aim(nb::list fixed, nb::list gradients) {
+    for (std::size_t i = 0; i < looks_.size(); ++i)
+      if (!looks_[i].unmoved(*exchange_, fixed[i]))
+        return false;
+    for (std::size_t i = 0; i < gradient_looks_.size(); ++i) {
+      void *gradient;
+      if (!gradient_looks_[i].same(*exchange_, gradients[i], gradient))
+        return false;
+      layers_[i].gradient = gradient;
+    }
+    return !collides();
+  }
+
+  void step(const Options &options, std::uintptr_t lengths, int threads) {
+    run(larskit::step, options, lengths, threads);
     for (Layer &layer : layers_)
       layer.buffer = layer.new_buffer;
   }
 
-  void rescale(const Options &options, const Addresses &gradients,
-               std::uintptr_t lengths, int threads) {
-    run(larskit::rescale, options, gradients, lengths, threads);
+  void rescale(const Options &options, std::uintptr_t lengths, int threads) {
+    run(larskit::rescale, options, lengths, threads);
   }
 
   void measure(const Options &options, std::uintptr_t lengths, int threads) {
-    run(larskit::measure, options, Addresses(layers_.size()), lengths, threads);
+    run(larskit::measure, options, lengths, threads);
   }
 
 private:
@@ -111,10 +196,7 @@ private:
   }
 
   template <class F>
-  void run(F f, const Options &options, const Addresses &gradients,
-           std::uintptr_t lengths, int threads) {
-    for (std::size_t i = 0; i < layers_.size(); ++i)
-      layers_[i].gradient = pointer(gradients[i]);
+  void run(F f, const Options &options, std::uintptr_t lengths, int threads) const {
     without_lock(
         [&] { f(options, layers_, static_cast<Lengths *>(pointer(lengths)), threads); });
   }
@@ -123,6 +205,8 @@ private:
   std::vector<Span> written_; // sorted
   int gradient_bytes_;
   bool rescales_, collides_ = false;
+  const Exchange *exchange_ = nullptr;
+  std::vector<Look> looks_, gradient_looks_;
 };
 
 } // namespace
@@ -139,29 +223,27 @@ NB_MODULE(_native, m) {
       .value("gradient", Denominator::gradient)
       .value("momentum", Denominator::momentum);
   nb::class_<Options>(m, "Options")
-      .def(nb::init<>())
-      .def_rw("weights", &Options::weights)
-      .def_rw("gradients", &Options::gradients)
-      .def_rw("denominator", &Options::denominator)
-      .def_rw("inside", &Options::inside)
-      .def_rw("nesterov", &Options::nesterov)
-      .def_rw("clip", &Options::clip)
-      .def_rw("adapt", &Options::adapt)
-      .def_rw("maximize", &Options::maximize)
-      .def_rw("zero_guard", &Options::zero_guard)
-      .def_rw("measure_result", &Options::measure_result)
-      .def_rw("lr", &Options::lr)
-      .def_rw("momentum", &Options::momentum)
-      .def_rw("weight_decay", &Options::weight_decay)
-      .def_rw("trust_coefficient", &Options::trust_coefficient)
-      .def_rw("eps", &Options::eps)
-      .def_rw("dampening", &Options::dampening)
-      .def_rw("threshold", &Options::threshold);
+      .def("__init__",
+           [](Options *o, Dtype weights, Dtype gradients, Denominator denominator,
+              bool inside, bool nesterov, bool clip, bool adapt, bool maximize,
+              bool zero_guard, bool measure_result, double lr, double momentum,
+              double weight_decay, double trust_coefficient, double eps,
+              double dampening, double threshold) {
+             new (o) Options{weights, gradients, denominator, inside, nesterov, clip,
+                             adapt, maximize, zero_guard, measure_result, lr, momentum,
+                             weight_decay, trust_coefficient, eps, dampening, threshold};
+           },
+           nb::kw_only(), "weights"_a, "gradients"_a, "denominator"_a, "inside"_a,
+           "nesterov"_a, "clip"_a, "adapt"_a, "maximize"_a, "zero_guard"_a,
+           "measure_result"_a, "lr"_a, "momentum"_a, "weight_decay"_a,
+           "trust_coefficient"_a, "eps"_a, "dampening"_a, "threshold"_a);
   nb::class_<Group>(m, "Group")
       .def(nb::init<const Addresses &, const Addresses &, const Addresses &,
-                    const Addresses &, const std::vector<std::int64_t> &, int, int,
-                    bool>())
+                    const Addresses &, const Addresses &,
+                    const std::vector<std::int64_t> &, int, int, bool>())
       .def("collides", &Group::collides)
+      .def("remember", &Group::remember)
+      .def("aim", &Group::aim)
       .def("step", &Group::step)
       .def("rescale", &Group::rescale)
       .def("measure", &Group::measure);

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 class Dtype:
     float32: Dtype
@@ -13,23 +14,27 @@ class Denominator:
     momentum: Denominator
 
 class Options:
-    weights: Dtype
-    gradients: Dtype
-    denominator: Denominator
-    inside: bool
-    nesterov: bool
-    clip: bool
-    adapt: bool
-    maximize: bool
-    zero_guard: bool
-    measure_result: bool
-    lr: float
-    momentum: float
-    weight_decay: float
-    trust_coefficient: float
-    eps: float
-    dampening: float
-    threshold: float
+    def __init__(
+        self,
+        *,
+        weights: Dtype,
+        gradients: Dtype,
+        denominator: Denominator,
+        inside: bool,
+        nesterov: bool,
+        clip: bool,
+        adapt: bool,
+        maximize: bool,
+        zero_guard: bool,
+        measure_result: bool,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        trust_coefficient: float,
+        eps: float,
+        dampening: float,
+        threshold: float,
+    ) -> None: ...
 
 Addresses = Sequence[int]
 
@@ -37,6 +42,7 @@ class Group:
     def __init__(
         self,
         weights: Addresses,
+        gradients: Addresses,
         buffers: Addresses,
         results: Addresses,
         new_buffers: Addresses,
@@ -46,23 +52,13 @@ class Group:
         rescales: bool,
         /,
     ) -> None: ...
-    def collides(self, gradients: Addresses, /) -> bool: ...
-    def step(
-        self,
-        options: Options,
-        gradients: Addresses,
-        lengths: int,
-        threads: int,
-        /,
-    ) -> None: ...
-    def rescale(
-        self,
-        options: Options,
-        gradients: Addresses,
-        lengths: int,
-        threads: int,
-        /,
-    ) -> None: ...
+    def collides(self) -> bool: ...
+    def remember(
+        self, exchange: object, fixed: list[Any], gradients: list[Any], /
+    ) -> bool: ...
+    def aim(self, fixed: list[Any], gradients: list[Any], /) -> bool: ...
+    def step(self, options: Options, lengths: int, threads: int, /) -> None: ...
+    def rescale(self, options: Options, lengths: int, threads: int, /) -> None: ...
     def measure(self, options: Options, lengths: int, threads: int, /) -> None: ...
 
 def end() -> None: ...

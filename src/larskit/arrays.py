@@ -105,6 +105,21 @@ def cast(x: Any, name: str) -> Any:
     return xp.astype(x, getattr(xp, name))
 
 
+def flat(x: Any) -> Any:
+    """Return the elements of `x` in one axis, in the order in which they lie in memory.
+
+    Where the framework hides that, in the order of the indices.
+    """
+    name = framework(x)
+    if name == "numpy":
+        axes = sorted(range(x.ndim), key=lambda i: -abs(x.strides[i]))
+        return x.transpose(axes).reshape(-1)
+    if name == "torch":
+        axes = sorted(range(x.ndim), key=lambda i: -x.stride(i))
+        x = x.permute(axes)
+    return namespace(x).reshape(x, (-1,))
+
+
 def norm_dtype(x: Any) -> str:
     """Name the dtype that lengths are summed in: float64 wherever there is one."""
     name = framework(x)

@@ -26,6 +26,7 @@ from larskit.arrays import (
     cast,
     compiles,
     dtype_name,
+    flat,
     namespace,
     norm_dtype,
     scalar,
@@ -60,9 +61,10 @@ def norm(x: Any) -> Any:
 def sum_of_squares(x: Any) -> Any:
     """Add the squares of all elements of `x` in a fixed order, as a wide 0-d array.
 
-    The flat array, padded with zeros, is cut into blocks of `ROWS` by `LANES`. The rows
-    of a block are added in turn; then the lanes, and last the blocks, are folded in
-    halves. Where a compiler orders the sum, its own reduction is used.
+    The elements, as they lie in memory and padded with zeros, are cut into blocks of
+    `ROWS` by `LANES`. The rows of a block are added in turn; then the lanes, and last
+    the blocks, are folded in halves. Where a compiler orders the sum, its own reduction
+    is used.
     """
     xp = namespace(x)
     if dtype_name(x).startswith("complex"):
@@ -70,7 +72,7 @@ def sum_of_squares(x: Any) -> Any:
     if compiles(x):
         wide = cast(x, norm_dtype(x))
         return xp.sum(wide * wide)
-    x = xp.reshape(x, (-1,))
+    x = flat(x)
     blocks = max(1, -(-x.shape[0] // (ROWS * LANES)))
     used = ROWS if blocks > 1 else max(1, -(-x.shape[0] // LANES))
     x = xp.reshape(_pad(xp, x, blocks * used * LANES), (blocks, used, LANES))

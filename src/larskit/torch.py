@@ -1,6 +1,7 @@
 """LARS as a `torch.optim.Optimizer`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 try:
@@ -197,13 +198,12 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            check_lr(group["lr"])
+        configs = [_config_of(group) for group in self.param_groups]
         gradients = [[p.grad for p in group["params"]] for group in self.param_groups]
         if not self._sorted_still(gradients):
             self._sort(gradients)
         for bucket in self._buckets:
-            bucket.step_(self.state)
+            bucket.step_(self.state, configs[bucket.index])
         return loss
 
     def lengths(self) -> dict[str, Lengths]:
@@ -229,7 +229,7 @@ class LARS(torch.optim.Optimizer):
         for bucket in self._buckets:
             found = gradients[bucket.index]
             bucket.grads = [found[i] for i in bucket.rows]
-        return all(bucket.holds(self.state) for bucket in self._buckets)
+        return all(bucket.aim(self.state) for bucket in self._buckets)
 
     def _sorting(self, gradients: list[list[Any]]) -> Any:
         """Return what decides which parameter is in which bucket, but for dtypes."""
@@ -294,10 +294,6 @@ class _Bucket:
         self.grads.append(grad)
         self.buffers.append(buffer)
 
-    @property
-    def config(self) -> Config:
-        return Config(**{name: self.group[name] for name in _PER_GROUP}, **self.flags)
-
     def choose_engine(self, former: "list[_Bucket]") -> None:
         """Choose as the group's switches say; `former` buckets may know lengths."""
         foreach, fused = self.group["foreach"], self.group["fused"]
@@ -319,31 +315,34 @@ class _Bucket:
         self.engine = _foreach if foreach else _reference
 
     def _go_native(self, former: "list[_Bucket]") -> None:
-        kept = _native.kept_buffers(self.params, self.buffers, self.config)
+        keep = self.group["momentum"] != 0
+        kept = _native.kept_buffers(self.params, self.buffers, keep)
         columns = self.params, self.grads, self.buffers
         self.native = _native.Group(*columns, new_buffers=kept)
+        self.native.remember()
         self.buffers = kept
         for bucket in former:
             if bucket.native is not None:
                 self.native.take_over(bucket.native)
 
-    def holds(self, state: Any) -> bool:
-        """Whether the native engine can go on with the gradients that are here now."""
-        if self.native is None or not self.native.holds(self.grads):
+    def aim(self, state: Any) -> bool:
+        """Whether the native engine can go on, with the gradients that are here now."""
+        if self.native is None or not self.native.aim(self.grads):
             return False
         pairs = zip(self.params, self.buffers, strict=True)
         return all(_buffer(state, p) is buffer for p, buffer in pairs)
 
-    def step_(self, state: Any) -> None:
+    def step_(self, state: Any, config: Config) -> None:
         """Move the layers and keep their buffers in `state`."""
         lr = self.group["lr"]
+        config = replace(config, **self.flags)
         if self.native is not None:
             carry = self.group["carry_norms"]
-            self.lengths = self.native.step_(self.grads, lr, self.config, carry=carry)
+            self.lengths = self.native.step_(lr, config, carry=carry)
         else:
             weights = [p.detach() for p in self.params]
             columns = weights, self.grads, self.buffers
-            self.lengths = self.engine.step_(*columns, lr, self.config)
+            self.lengths = self.engine.step_(*columns, lr, config)
         self.grads = []
         if self.stored:
             return
@@ -351,6 +350,11 @@ class _Bucket:
             if buffer is not None:
                 state[p]["momentum_buffer"] = buffer
         self.stored = self.native is not None
+
+
+def _config_of(group: dict[str, Any]) -> Config:
+    check_lr(group["lr"])
+    return Config(**{name: group[name] for name in _PER_GROUP})
 
 
 def _buffer(state: Any, p: Tensor) -> Tensor | None:
@@ -422,8 +426,7 @@ def param_groups(
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    check_lr(group["lr"])
-    Config(**{name: group[name] for name in _PER_GROUP})
+    _config_of(group)
     _config.choice("on_nonfinite", group["on_nonfinite"], OnNonfinite)
     if group["foreach"] and group["fused"]:
         raise RuntimeError(

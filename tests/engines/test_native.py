@@ -1,15 +1,19 @@
 """The C++ engine: the reference's bits, whatever the threads, the sizes, the dtypes."""
 
+import os
 import subprocess
 import sys
 import threading
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from larskit.config import Config
 from larskit.engines import native, reference
@@ -53,35 +57,173 @@ def configs(draw):
     )
 
 
-def steps(engine: Any, sizes, dtypes, config, seed=0, count=3) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+LAYOUTS = st.sampled_from(["contiguous", "transposed", "channels_last"])
+
+
+def array(generator, dtype, n, layout):
+    x = torch.randn(n, generator=generator).to(dtype)
+    if layout == "transposed":
+        return x.view(-1, 7).T if n % 7 == 0 else x.view(n, 1).T
+    if layout == "channels_last":
+        if n % 12:
+            return x.view(1, n, 1, 1)
+        return x.view(2, 2, 3, -1).to(memory_format=torch.channels_last)
+    return x
+
+
+def steps(
+    engine: Any, sizes, dtypes, config, layout="contiguous", count=3, **options
+) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
     w_dtype, g_dtype = dtypes
-    w = [torch.randn(n, generator=generator).to(w_dtype) for n in sizes]
+    w = [array(generator, w_dtype, n, layout) for n in sizes]
     v: list[Any] = [None] * len(w)
     for i in range(count):
-        g = [torch.randn(n, generator=generator).to(g_dtype) for n in sizes]
-        engine.step_(w, g, v, 0.37 / (1 + i), config)
+        g = [array(generator, g_dtype, n, layout) for n in sizes]
+        engine.step_(w, g, v, 0.37 / (1 + i), config, **options)
     return w + [x for x in v if x is not None]
 
 
-@settings(max_examples=150, deadline=None)
-@given(configs(), st.lists(SIZES, min_size=1, max_size=5), st.sampled_from(EXACT))
-def test_the_bits_are_those_of_the_reference(config, sizes, dtypes):
-    ours = steps(native, sizes, dtypes, config)
-    theirs = steps(reference, sizes, dtypes, config)
+def same(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == b.dtype
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("threads", [2, 3, 8])
-def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):
-    sizes = [900_000, 3, 40_000, 0, 300_007, 1024]
-    results = []
-    for n in (1, threads):
-        monkeypatch.setattr(native, "_threads", lambda like, n=n: n)
-        results.append(steps(native, sizes, EXACT[0], Config(weight_decay=0.01)))
-    assert all(map(torch.equal, *results))
+LISTS = st.lists(SIZES, min_size=1, max_size=5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(configs(), LISTS, st.sampled_from(EXACT), LAYOUTS, st.sampled_from([1, 2, 3, 8]))
+def test_the_bits_are_those_of_the_reference(config, sizes, dtypes, layout, threads):
+    ours = steps(native, sizes, dtypes, config, layout, threads=threads)
+    same(ours, steps(reference, sizes, dtypes, config, layout))
+
+
+LARGE = [900_000, 3, 40_000, 0, 300_007, 1024]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_the_number_of_threads_changes_no_bit(threads):
+    config = Config(weight_decay=0.01)
+    ours = steps(native, LARGE, EXACT[0], config, threads=threads)
+    same(ours, steps(reference, LARGE, EXACT[0], config))
+
+
+def carried_steps(sizes, dtypes, config, threads, layout, disturb=None):
+    generator = torch.Generator().manual_seed(0)
+    w = [array(generator, dtypes[0], n, layout) for n in sizes]
+    v = native.kept_buffers(w, [None] * len(w), config.momentum != 0)
+    group: Any = None
+    for i in range(3):
+        g = [array(generator, dtypes[1], n, layout) for n in sizes]
+        if group is None:
+            nothing = [None] * len(w)
+            group = native.Group(w, g, nothing, new_buffers=v, threads=threads)
+            group.remember()
+        assert group.aim(g)
+        group.step_(0.37 / (1 + i), config, carry=True)
+        if disturb:
+            disturb(w)
+    return w + [x for x in v if x is not None]
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs(), LISTS, st.sampled_from(EXACT), LAYOUTS, st.sampled_from([1, 2, 3, 8]))
+def test_carried_lengths_change_no_bit(config, sizes, dtypes, layout, threads):
+    ours = carried_steps(sizes, dtypes, config, threads, layout)
+    same(ours, steps(reference, sizes, dtypes, config, layout))
+
+
+def test_carried_lengths_of_large_layers():
+    config = Config(weight_decay=0.01)
+    for threads in (1, 2, 3, 8):
+        ours = carried_steps(LARGE, EXACT[0], config, threads, "contiguous")
+        same(ours, steps(reference, LARGE, EXACT[0], config))
+
+
+def test_carried_lengths_are_used_until_somebody_writes():
+    w = [torch.ones(4), torch.ones(4)]
+    g = [torch.ones(4), torch.ones(4)]
+    group = native.Group(w, g, [None, None])
+    group.remember()
+    config = Config(momentum=0.0, trust_coefficient=0.5)
+    group.step_(1.0, config, carry=True)
+    w[0].data.fill_(9.0)  # which nothing can see
+    w[1].fill_(9.0)
+    assert group.aim(g)
+    found = group.step_(1.0, config, carry=True)
+    assert found.weight.tolist() == [1.0, 18.0]
+    w[0].fill_(3.0)
+    assert group.aim(g)
+    assert group.step_(1.0, config).weight.tolist()[0] == 6.0
+
+
+def test_a_group_takes_over_what_another_carries():
+    w = [torch.ones(4), torch.full((9,), 2.0), torch.ones(1), torch.ones(4)]
+    g = [torch.zeros_like(x) for x in w]
+    config = Config(momentum=0.0)
+    old = native.Group(w, g, [None] * 4)
+    old.step_(1.0, config, carry=True)
+    w[0].data.zero_()  # which nothing can see
+    w[1].zero_()
+    w[3].data = torch.zeros(4)
+    extra = torch.full((1,), 7.0)
+    new = native.Group([*w[::-1], extra], [*g[::-1], extra.clone()], [None] * 5)
+    new.take_over(old)
+    assert new.step_(1.0, config).weight.tolist() == [0.0, 1.0, 0.0, 2.0, 7.0]
+
+
+def test_a_group_steps_once_along_its_gradients():
+    w, g = [torch.ones(4)], [torch.ones(4)]
+    group = native.Group(w, g, [None])
+    assert not group.aim(g)  # it was not told to remember
+    group.step_(1.0, Config(momentum=0.0))
+    with pytest.raises(AssertionError, match="once along its gradients"):
+        group.step_(1.0, Config(momentum=0.0))
+
+
+def put(p, data):
+    p.data = data
+
+
+CHANGES = {
+    "nothing": (lambda p: None, lambda g: g, True),
+    "another gradient": (lambda p: None, torch.clone, True),
+    "weights elsewhere": (lambda p: put(p, p.data.clone()), lambda g: g, False),
+    "fewer rows": (lambda p: put(p, p.data[:2]), lambda g: g, False),
+    "transposed": (lambda p: put(p, p.data.t()), lambda g: g, False),
+    "gradient transposed": (lambda p: None, torch.t, False),
+    "gradient narrow": (lambda p: None, torch.Tensor.half, False),
+    "gradient sparse": (lambda p: None, torch.Tensor.to_sparse, False),
+    "gradient negated": (lambda p: None, torch._neg_view, False),
+    "gradient subclass": (lambda p: None, torch.nn.Parameter, False),
+    "gradient short": (lambda p: None, lambda g: g[:3], False),
+    "gradient on meta": (lambda p: None, lambda g: g.to("meta"), False),
+    "gradient fake": (lambda p: None, lambda g: FakeTensorMode().from_tensor(g), False),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_group_sees_what_has_changed(what):
+    change, make, fits = CHANGES[what]
+    p, g, v = nn.Parameter(torch.ones(4, 4)), torch.ones(4, 4), torch.zeros(4, 4)
+    group = native.Group([p], [g], [v])
+    group.remember()
+    change(p)
+    assert group.aim([make(g)]) is fits
+
+
+def test_a_group_sees_that_its_buffer_moved_or_its_gradient_is_its_weight():
+    p, g, v = nn.Parameter(torch.ones(4, 4)), torch.ones(4, 4), torch.zeros(4, 4)
+    group = native.Group([p], [g], [v])
+    group.remember()
+    before = v.data
+    v.data = torch.zeros(4, 4)
+    assert not group.aim([g])
+    v.data = before
+    assert group.aim([g])
+    assert not group.aim([p.detach()])
 
 
 def test_float64_is_within_four_ulp():
@@ -139,22 +281,31 @@ def test_autograd_sees_the_write():
 
 
 SHARED = torch.ones(8)
+FIXED = np.ones(4, "f4")
+FIXED.flags.writeable = False
 REFUSED = [
-    (torch.ones(3, 4).T, torch.ones(4, 3), "weight 0 is not contiguous"),
+    (torch.ones(8)[::2], torch.ones(4), "weight 0 is not contiguous"),
     (torch.ones(4), torch.ones(8)[::2], "gradient 0 is not contiguous"),
+    (torch.ones(1).expand(4), torch.ones(4), "weight 0 is not contiguous"),
+    (torch.ones(3, 4).T, torch.ones(4, 3), "gradient 0 lies in memory otherwise"),
     (torch.ones(4), torch.ones(5), r"gradient 0 has the shape \(5,\), its weight \(4,"),
     (torch.ones(4), torch.ones(4).double(), "weight 0 is float32 and its gradient flo"),
     (torch.ones(2, dtype=torch.complex64),) * 2 + ("weight 0 is complex64",),
     (torch.ones(2, device="meta"),) * 2 + ("weight 0 is on the device meta",),
+    (torch.ones(2), torch.ones(2).to_sparse(), r"gradient 0 is sparse \(torch.sparse"),
+    (torch.ones(2), torch._neg_view(torch.ones(2)), "gradient 0 is a lazy view"),
+    (torch.ones(4), np.ones(4, "f4"), "gradient 0 is a ndarray, its weight a Tensor"),
     (SHARED, SHARED, "two of the arrays share memory"),
     (SHARED[:4], SHARED[2:6], "two of the arrays share memory"),
-    (np.ones(2, ">f4"), np.ones(2, "f4"), "weight 0 is not contiguous"),
+    (np.ones(2, ">f4"), np.ones(2, "f4"), "weight 0 is not aligned"),
+    (FIXED, np.ones(4, "f4"), "result 0 is read-only"),
+    (jnp.ones(4), jnp.ones(4), "weight 0 is a ArrayImpl, neither a NumPy array nor"),
 ]
 
 
 @pytest.mark.parametrize(("w", "g", "why"), REFUSED, ids=lambda x: str(x)[:30])
 def test_what_it_refuses(w, g, why):
-    with pytest.raises(RuntimeError, match=f"cannot take this step: {why}"):
+    with pytest.raises(RuntimeError, match=why):
         native.step_([w], [g], [None], 0.1, Config())
 
 
@@ -176,6 +327,7 @@ def test_several_python_threads_at_once():
 
 FORKING = """
 import os, signal
+import jax.numpy as jnp
 import numpy as np
 from larskit.config import Config
 from larskit.engines import native
@@ -186,7 +338,6 @@ def step():
     native.step_([w, w.copy()], [w.copy(), w.copy()], [None, None], 0.5, config)
     return float(w[-1])
 
-native._threads = lambda like: 2
 assert step() == 0.5
 if os.fork() == 0:
     signal.alarm(30)
@@ -196,6 +347,51 @@ print(os.waitstatus_to_exitcode(os.wait()[1]), step())
 
 
 def test_a_forked_child_has_a_pool_of_its_own():
-    command = [sys.executable, "-c", FORKING]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "0 0.5\n", done.stderr
+    assert run(FORKING) == "0 0.5\n"
+
+
+ENDING = """
+import threading, time
+import numpy as np
+from larskit.config import Config
+from larskit.engines import native
+
+def work():
+    w = [np.ones(500_000, "float32") for _ in range(4)]
+    while True:
+        native.step_(w, [x.copy() for x in w], [None] * 4, 0.5, Config())
+
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.2)
+print("done")
+"""
+
+
+def test_the_interpreter_may_end_during_a_step():
+    for _ in range(5):
+        assert run(ENDING) == "done\n"
+
+
+def run(program):
+    environment = {**os.environ, "LARSKIT_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_threads_for_numpy_arrays(monkeypatch):
+    monkeypatch.setenv("LARSKIT_NUM_THREADS", "3")
+    assert native.threads() == native.threads(np.ones(1)) == 3
+    assert native.threads(torch.ones(1)) == torch.get_num_threads()
+    monkeypatch.setenv("LARSKIT_NUM_THREADS", "many")
+    with pytest.raises(ValueError, match="LARSKIT_NUM_THREADS is 'many', expected a w"):
+        native.threads()
+    monkeypatch.delenv("LARSKIT_NUM_THREADS")
+    assert native.threads() == len(os.sched_getaffinity(0))

@@ -9,12 +9,12 @@ import atexit
 import os
 import sys
 from collections.abc import Sequence
-from operator import attrgetter
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
 
-from larskit.arrays import dtype_name, framework
+from larskit.arrays import dtype_name, framework, namespace
 from larskit.config import Config
 from larskit.rule import Lengths, weight_decay
 
@@ -34,7 +34,7 @@ _DTYPES = {
 _SAME = ("nesterov", "clip", "adapt", "maximize", "zero_guard")
 _NUMBERS = ("momentum", "trust_coefficient", "eps", "dampening", "threshold")
 _UNKNOWN = -1.0  # of a length, in the kernel's table
-_dtype, _version = attrgetter("dtype"), attrgetter("_version")
+_is_neg = methodcaller("is_neg")
 
 
 class Unfit(RuntimeError):
@@ -92,28 +92,21 @@ def step_(
     threads: int | None = None,
 ) -> Lengths:
     """Move `weights` and `buffers` in place, see `larskit.engines`."""
-    kept = kept_buffers(weights, buffers, config)
+    kept = kept_buffers(weights, buffers, float(config.momentum) != 0)
     group = Group(weights, gradients, buffers, new_buffers=kept, threads=threads)
-    found = group.step_(gradients, lr, config, norms)
+    found = group.step_(lr, config, norms)
     buffers[:] = kept
     return found
 
 
 def kept_buffers(
-    weights: Sequence[Any], buffers: Sequence[Any], config: Config
+    weights: Sequence[Any], buffers: Sequence[Any], keep: bool
 ) -> list[Any]:
-    """Return the buffers that a step in place leaves, making those it lacks."""
-    if float(config.momentum) == 0:
+    """Return the buffers that a step in place leaves; make the missing, if to keep."""
+    if not keep:
         return list(buffers)
     pairs = zip(weights, buffers, strict=True)
-    return [empty_like(w) if v is None else v for w, v in pairs]
-
-
-def empty_like(x: Any) -> Any:
-    """Return an array for results that lies in memory as `x` does."""
-    if isinstance(x, np.ndarray):
-        return np.empty_like(x, subok=False)
-    return sys.modules["torch"].empty_like(x, requires_grad=False)
+    return [namespace(w).empty_like(w) if v is None else v for w, v in pairs]
 
 
 class Group:
@@ -164,153 +157,141 @@ class Group:
         _check("momentum buffer", buffers, weights, w_dtype)
         _check("result", results, weights, g_dtype if rescales else w_dtype, True)
         _check("new momentum buffer", new_buffers, weights, w_dtype, True)
-        self.weights, self.buffers = weights, new_buffers
-        self._results, self._threads = results, threads
-        self._dtypes = w_dtype, g_dtype
+        self.weights, self.buffers = list(weights), list(new_buffers)
+        self._numpy = isinstance(weights[0], np.ndarray)
+        self._threads = threads
         assert _native is not None
-        self._address = _address
-        if not isinstance(weights[0], np.ndarray):
-            self._address = sys.modules["torch"].Tensor.data_ptr
+        self._dtypes = [getattr(_native.Dtype, name) for name in (w_dtype, g_dtype)]
+        columns = weights, gradients, buffers, results, new_buffers
         self._kernel = _native.Group(
-            *map(_addresses, (weights, buffers, results, new_buffers)),
+            *map(_addresses, columns),
             [_size(w) for w in weights],
             weights[0].itemsize,
             gradients[0].itemsize,
             rescales,
         )
-        if self._kernel.collides(self._found(gradients)):
+        if self._kernel.collides():
             raise Unfit("two of the arrays share memory, where threads would collide")
-        self._facts = self._read(gradients)
+        self._written = [x for x in (*results, *new_buffers) if x is not None]
+        self._gradients: Sequence[Any] | None = gradients
+        self._fixed: list[Any] | None = None
         self._carried: Any = None
 
-    def holds(self, gradients: Sequence[Any]) -> bool:
-        """Whether new gradients can be used with what was found of the torch tensors.
+    def aim(self, gradients: list[Any]) -> bool:
+        """Take other gradients for the next step, if they and all else fit as before.
 
-        What can change about a tensor from step to step is read anew. The dtype, the
-        shape and the device of a gradient are those of its weight: torch sees to it.
+        What can change about a torch tensor from step to step is read anew.
         """
-        try:
-            still = self._read(gradients) == self._facts
-            return still and not self._kernel.collides(self._found(gradients))
-        except RuntimeError:  # a sparse gradient has no strides
+        if self._fixed is None:
             return False
+        try:
+            fits = self._kernel.aim(self._fixed, gradients)
+        except (BufferError, RuntimeError):  # a sparse gradient, for one
+            return False
+        if not fits or any(map(_is_neg, gradients)):
+            return False
+        self._gradients = gradients
+        return True
 
-    def _found(self, gradients: Sequence[Any]) -> list[int]:
-        return [*map(self._address, gradients)]
-
-    def _read(self, gradients: Sequence[Any]) -> Any:
-        if isinstance(self.weights[0], np.ndarray):
-            return None
-        x = sys.modules["torch"].Tensor
-        reads = (x.data_ptr, x.stride, x.size, _dtype)
-        return (
-            *([*map(read, self.weights)] for read in reads),
-            *([*map(read, gradients)] for read in (type, *reads[1:], x.is_neg)),
-            [v.data_ptr() for v in self.buffers if v is not None],
-        )
+    def remember(self) -> None:
+        """Prepare for `aim`, where torch can be asked without a call through Python."""
+        tensor = sys.modules["torch"].Tensor
+        exchange = getattr(tensor, "__dlpack_c_exchange_api__", None)
+        fixed = [*self.weights, *(v for v in self.buffers if v is not None)]
+        if exchange and self._kernel.remember(exchange, fixed, self._gradients):
+            self._fixed = fixed
 
     def step_(
         self,
-        gradients: Sequence[Any],
         lr: Any,
         config: Config,
         norms: tuple[Any, Any] | None = None,
         *,
         carry: bool = False,
     ) -> Lengths:
-        """Move every layer.
+        """Move every layer along the gradients that were given last, once.
 
         With `carry` the lengths of the new weights are measured on the way, and used by
         the next step for the weights that nobody else has written until then.
         """
-        table = self._table(*(norms or (self._still_known(), _UNKNOWN)))
-        options = self._options(lr, config)
-        options.measure_result = carry
-        self._run(self._kernel.step, options, table, self._found(gradients))
-        self._tell_autograd()
+        table = self._table()
+        if norms is not None:
+            table[:, 0], table[:, 1] = norms
+        elif self._carried is not None:
+            table[:, 0] = self._still_known()
+        self._run(self._kernel.step, table, lr, config, carry)
         weight, denominator, ratio, result = table.T
-        versions = [*map(_version, self.weights)] if carry else None
-        self._carried = (versions, result) if carry else None
+        self._carried = (self._marks(), result) if carry else None
         return Lengths(weight, denominator, ratio)
 
-    def rescale_(self, gradients: Sequence[Any], config: Config) -> Lengths:
+    def rescale_(self, config: Config) -> Lengths:
         """Write the rescaled gradients, see `larskit.rule.scaled_gradient`."""
-        table = self._table(_UNKNOWN, _UNKNOWN)
-        options = self._options(0.0, config)
-        self._run(self._kernel.rescale, options, table, self._found(gradients))
-        self._tell_autograd()
+        table = self._table()
+        self._run(self._kernel.rescale, table, 0.0, config)
         return Lengths(*table.T[:3])
 
     def measure(self) -> Any:
         """Return the lengths of the weights, as a wide 1-d array."""
-        table = self._table(_UNKNOWN, 0.0)
-        self._run(self._kernel.measure, self._options(0.0, Config()), table)
+        table = self._table()
+        table[:, 1] = 0.0  # which is not asked for
+        self._run(self._kernel.measure, table, 0.0, Config())
         return table.T[0]
 
     def take_over(self, other: "Group") -> None:
         """Keep the lengths that another group of some of the same weights carries."""
         if other._carried is None:
             return
-        versions, lengths = other._carried
-        addresses = other._facts[0]
-        known = {
-            id(w): row
-            for w, *row in zip(other.weights, addresses, versions, lengths, strict=True)
-        }
-        nothing = (None, None, _UNKNOWN)
-        rows = [known.get(id(w), nothing) for w in self.weights]
-        pairs = zip(rows, self._facts[0], strict=True)
-        still = [row[1] if row[0] == address else None for row, address in pairs]
-        self._carried = still, lengths.new_tensor([row[2] for row in rows])
+        marks, lengths = other._carried
+        rows = zip(other.weights, marks, lengths.tolist(), strict=True)
+        known = {id(w): row for w, *row in rows}
+        found = [known.get(id(w), (None, _UNKNOWN)) for w in self.weights]
+        marks, numbers = zip(*found, strict=True)
+        self._carried = list(marks), lengths.new_tensor(numbers)
 
     def _still_known(self) -> Any:
-        """Return the lengths carried over of weights that are as they were left."""
-        if self._carried is None:
-            return _UNKNOWN
-        versions, lengths = self._carried
-        now = [*map(_version, self.weights)]
-        if now == versions:
-            return lengths
-        same = [a == b for a, b in zip(now, versions, strict=True)]
+        """Return the carried lengths of the weights that are as they were left."""
+        marks, lengths = self._carried
+        same = [a == b for a, b in zip(self._marks(), marks, strict=True)]
         return lengths.where(lengths.new_tensor(same) > 0, _UNKNOWN)
 
-    def _table(self, weight: Any, denominator: Any) -> Any:
-        """Return the kernel's `Lengths` of every layer, with what is known of them."""
+    def _marks(self) -> list[Any]:
+        """Return what changes when somebody writes a weight or puts it elsewhere."""
+        return [(w.data_ptr(), w._version) for w in self.weights]
+
+    def _table(self) -> Any:
+        """Return the kernel's `Lengths` of every layer, unknown yet."""
         shape = len(self.weights), 4
-        if isinstance(self.weights[0], np.ndarray):
-            table: Any = np.full(shape, _UNKNOWN)
-        else:
-            torch = sys.modules["torch"]
-            table = torch.full(shape, _UNKNOWN, dtype=torch.float64)
-        table[:, 0], table[:, 1] = weight, denominator
-        return table
-
-    def _options(self, lr: Any, config: Config) -> Any:
-        assert _native is not None
-        options = _native.Options()
-        options.weights, options.gradients = (
-            getattr(_native.Dtype, name) for name in self._dtypes
-        )
-        options.denominator = getattr(_native.Denominator, config.denominator)
-        options.inside = config.lr_placement == "inside"
-        options.lr, options.weight_decay = float(lr), float(weight_decay(config))
-        for name in _SAME:
-            setattr(options, name, bool(getattr(config, name)))
-        for name in _NUMBERS:
-            setattr(options, name, float(getattr(config, name)))
-        return options
-
-    def _run(self, kernel: Any, options: Any, table: Any, *addresses: Any) -> None:
-        count = self._threads or threads(self.weights[0])
-        kernel(options, *addresses, _address(table), count)
-
-    def _tell_autograd(self) -> None:
-        """Have autograd see that tensors changed behind its back."""
-        if isinstance(self.weights[0], np.ndarray):
-            return
-        written = [v for v in self.buffers if v is not None]
+        if self._numpy:
+            return np.full(shape, _UNKNOWN)
         torch = sys.modules["torch"]
-        torch.autograd.graph.increment_version([*self._results, *written])
+        return torch.full(shape, _UNKNOWN, dtype=torch.float64)
+
+    def _run(
+        self, kernel: Any, table: Any, lr: Any, config: Config, carry: bool = False
+    ) -> None:
+        assert self._gradients is not None, "a group steps once along its gradients"
+        options = _options(*self._dtypes, lr, config, carry)
+        kernel(options, _address(table), self._threads or threads(self.weights[0]))
+        self._gradients = None
+        if not self._numpy:  # autograd shall see what changed behind its back
+            sys.modules["torch"].autograd.graph.increment_version(self._written)
+
+
+def _options(
+    weights: Any, gradients: Any, lr: Any, config: Config, carry: bool
+) -> Any:
+    assert _native is not None
+    return _native.Options(
+        weights=weights,
+        gradients=gradients,
+        denominator=getattr(_native.Denominator, config.denominator),
+        inside=config.lr_placement == "inside",
+        measure_result=carry,
+        lr=float(lr),
+        weight_decay=float(weight_decay(config)),
+        **{name: bool(getattr(config, name)) for name in _SAME},
+        **{name: float(getattr(config, name)) for name in _NUMBERS},
+    )
 
 
 def _check(
