@@ -300,6 +300,103 @@ def test_lengths_of_the_last_step():
     assert set(unnamed.lengths()) == {f"0.{i}" for i in range(6)}
 
 
+def disturbances():
+    def frozen(net, optimizer):
+        net[0].weight.grad = None
+
+    def swapped(net, optimizer):
+        net[0].weight.data = net[0].weight.data.clone() * 2
+
+    def channels_last(net, optimizer):
+        net.to(memory_format=torch.channels_last)
+
+    def written(net, optimizer):
+        with torch.no_grad():
+            net[4].weight.mul_(3.0)
+
+    def narrowed(net, optimizer):
+        for p in net.parameters():
+            p.grad = None
+        net.bfloat16()
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+
+    def forgotten(net, optimizer):
+        optimizer.state.clear()
+
+    def replaced(net, optimizer):
+        state = optimizer.state[net[4].weight]
+        state["momentum_buffer"] = torch.ones_like(state["momentum_buffer"])
+
+    def loaded(net, optimizer):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    def added(net, optimizer):
+        more = nn.Parameter(torch.ones(3, 3))
+        more.grad = torch.ones(3, 3)
+        optimizer.add_param_group({"params": [more], "lr": 0.1})
+
+    def retuned(net, optimizer):
+        group = optimizer.param_groups[0]
+        group.update(lr=0.5, weight_decay=0.1, momentum=0.5, denominator="gradient")
+
+    def stopped(net, optimizer):
+        optimizer.param_groups[0]["momentum"] = 0.0
+
+    def restricted(net, optimizer):
+        group = optimizer.param_groups[0]
+        group["adapt"] = (False,) * len(group["params"])
+
+    return [value for value in locals().values() if callable(value)]
+
+
+@pytest.mark.parametrize(
+    ("disturb", "carry"),
+    [
+        pytest.param(disturb, carry, id=f"{disturb.__name__}-{carry}")
+        for disturb in disturbances()
+        for carry in (False, True)
+        if not (carry and disturb.__name__ == "narrowed")  # wide buffers: not native
+    ],
+)
+def test_what_is_kept_between_steps_hides_no_change(disturb, carry):
+    results = []
+    for engine in ({"foreach": False, "fused": False}, {"carry_norms": carry}):
+        net = model()
+        options = {"weight_decay": 0.01, "trust_coefficient": 0.1, "adapt": True}
+        optimizer = LARS(net.parameters(), 1.0, **options, **engine)
+        for i in range(4):
+            if i != 3 or disturb.__name__ != "narrowed":
+                backward(net, i)
+            if i == 2:
+                disturb(net, optimizer)
+            optimizer.step()
+            if i == 2 and disturb.__name__ == "narrowed":
+                net.float()
+        results.append(weights(net) + [p for p in optimizer.param_groups[-1]["params"]])
+    assert all(map(torch.equal, *results))
+
+
+def test_carried_norms_are_those_that_would_be_measured():
+    found = []
+    for carry in (False, True):
+        net = model()
+        optimizer = LARS(net.named_parameters(), 1.0, carry_norms=carry)
+        for i in range(3):
+            backward(net, i)
+            optimizer.step()
+        found.append(optimizer.lengths())
+    assert found[0] == found[1]
+
+
+def test_carried_norms_need_the_native_engine():
+    p = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    p.grad = torch.ones_like(p)
+    optimizer = LARS([p], 1.0, carry_norms=True)
+    with pytest.raises(RuntimeError, match="carry_norms=True, but weight 0 is complex64"):
+        optimizer.step()
+
+
 ARGUMENTS = [
     ({"lr": -1.0}, ValueError, "lr must be a finite number of at least 0, got -1.0"),
     ({"momentum": 1.5}, ValueError, "momentum must be at least 0 and below 1"),
@@ -308,7 +405,8 @@ ARGUMENTS = [
     ({"on_nonfinite": "hide"}, ValueError, "on_nonfinite must be one of"),
     ({"foreach": True, "fused": True}, RuntimeError, "foreach=True and fused=True"),
     ({"on_nonfinite": "skip"}, NotImplementedError, "on_nonfinite='skip' is not in"),
-    ({"carry_norms": True}, NotImplementedError, "carry_norms=True is not in this"),
+    ({"carry_norms": True, "foreach": False}, RuntimeError, "carry_norms=True demands"),
+    ({"carry_norms": True, "fused": False}, RuntimeError, "foreach is None and fused F"),
     ({"capturable": True}, NotImplementedError, "capturable=True is not in this"),
     ({"differentiable": True}, NotImplementedError, "differentiable=True is not in"),
     ({"master_weights": True}, NotImplementedError, "master_weights=True is not in"),

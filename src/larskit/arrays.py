@@ -205,7 +205,7 @@ def _unwritable_tensor(x: Any, differentiable: bool) -> str | None:
     if x.is_inference() and not sys.modules["torch"].is_inference_mode_enabled():
         return "is an inference tensor, which only torch.inference_mode() may write"
     strides = zip(x.stride(), x.shape, strict=True)
-    if any(stride == 0 and size > 1 for stride, size in strides):
+    if x.numel() and any(stride == 0 and size > 1 for stride, size in strides):
         return "is an expanded view, whose elements share their memory"
     if differentiable and _is_parameter(x):
         return "is a leaf that requires gradients, which passes none on"

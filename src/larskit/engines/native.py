@@ -307,7 +307,7 @@ def _check(
         if why := _fault(x, w) or (written and _unwritable(x)):
             raise Unfit(f"{what} {i} {why}")
         if dtype_name(x) != dtype:
-            raise Unfit(f"{what} {i} is {dtype_name(x)}, the first one {dtype}")
+            raise Unfit(f"{what} {i} is {dtype_name(x)}, expected {dtype}")
 
 
 def _fault(x: Any, w: Any) -> str | None:
