@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from operator import is_
 from typing import Any
 
 try:
@@ -35,6 +36,7 @@ _ENGINES = ("foreach", "fused", "carry_norms")
 _PER_GROUP = tuple(
     name for name in _config.NAMES if name not in (*_PER_LAYER, "zero_guard")
 )
+_CHECKED = ("lr", *_PER_GROUP)
 
 
 class LARS(torch.optim.Optimizer):
@@ -142,6 +144,8 @@ class LARS(torch.optim.Optimizer):
         }
         self._buckets: list[_Bucket] = []
         self._sorted_by: Any = None
+        self._values: list[Any] = []
+        self._checked: list[Config] = []
         super().__init__(params, defaults)
         for name in _PER_LAYER:
             selected = [any(group[name]) for group in self.param_groups]
@@ -168,7 +172,7 @@ class LARS(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a pickled or loaded state; what an older one lacks gets its default."""
         super().__setstate__(state)
-        self._buckets, self._sorted_by = [], None
+        self._buckets, self._sorted_by, self._values = [], None, []
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name in _PER_LAYER:
@@ -198,7 +202,7 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        configs = [_config_of(group) for group in self.param_groups]
+        configs = self._configs()
         gradients = [[p.grad for p in group["params"]] for group in self.param_groups]
         if not self._sorted_still(gradients):
             self._sort(gradients)
@@ -221,6 +225,15 @@ class LARS(torch.optim.Optimizer):
             rows = zip(*(column.tolist() for column in bucket.lengths), strict=True)
             found.update(zip(bucket.names, map(Lengths._make, rows), strict=True))
         return found
+
+    def _configs(self) -> list[Config]:
+        """Return the configuration of each group, checked anew if it is a new one."""
+        values = [group[name] for group in self.param_groups for name in _CHECKED]
+        same = len(values) == len(self._values) and all(map(is_, values, self._values))
+        if not same:
+            self._checked = [_config_of(group) for group in self.param_groups]
+            self._values = values
+        return self._checked
 
     def _sorted_still(self, gradients: list[list[Any]]) -> bool:
         """Give the buckets of the last step their new gradients, if they serve again."""
@@ -283,6 +296,8 @@ class _Bucket:
         self.engine: Any = None
         self.native: _native.Group | None = None
         self.stored = False
+        self.given: Any = None
+        self.config: Any = None
         self.lengths: Any = None
 
     def add(
@@ -329,13 +344,15 @@ class _Bucket:
         """Whether the native engine can go on, with the gradients that are here now."""
         if self.native is None or not self.native.aim(self.grads):
             return False
-        pairs = zip(self.params, self.buffers, strict=True)
-        return all(_buffer(state, p) is buffer for p, buffer in pairs)
+        buffers = [_buffer(state, p) for p in self.params]
+        return all(map(is_, buffers, self.buffers))
 
     def step_(self, state: Any, config: Config) -> None:
         """Move the layers and keep their buffers in `state`."""
         lr = self.group["lr"]
-        config = replace(config, **self.flags)
+        if config is not self.given:
+            self.given, self.config = config, replace(config, **self.flags)
+        config = self.config
         if self.native is not None:
             carry = self.group["carry_norms"]
             self.lengths = self.native.step_(lr, config, carry=carry)
