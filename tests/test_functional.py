@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optree
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 from larskit import Array, Container, functional, lars_update, rule
 from larskit.arrays import cast, dtype_name, framework
 from larskit.config import Config
+from larskit.engines import native
 from larskit.tree import flatten
 
 
@@ -1251,3 +1253,130 @@ def test_hyperparameters_are_those_of_the_configuration():
     assert [p.name for p in names] == [f.name for f in fields]
     for p, f in zip(names, fields, strict=True):
         assert p.default == (None if f.name in ("adapt", "decay") else f.default)
+
+
+# The native engine, which moves NumPy arrays and CPU tensors
+
+
+def by_the_rule(monkeypatch, move):
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "fits", lambda x: False)
+        return move()
+
+
+def natively(monkeypatch, move):
+    """Return what `move` does, and how many kinds of layers the C++ kernel took."""
+    taken = []
+    step_ = native.Group.step_
+
+    def counted(group, *args):
+        taken.append(len(group.weights))
+        return step_(group, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native.Group, "step_", counted)
+        return move(), taken
+
+
+def nested_arrays(make, dtype="float32"):
+    generator = np.random.default_rng(0)
+
+    def leaf(*shape):
+        return make(generator.standard_normal(shape).astype(dtype))
+
+    return {
+        "a": [leaf(40, 30), leaf(7), leaf()],
+        "b": {"c": leaf(0, 3), "d": leaf(2000)},
+    }
+
+
+def equal(a, b):
+    pairs = zip(optree.tree_leaves(a), optree.tree_leaves(b), strict=True)
+    return all(x.dtype == y.dtype and bool((x == y).all()) for x, y in pairs)
+
+
+HERE = {"numpy": np.asarray, "torch": torch.from_numpy}
+
+
+@pytest.mark.parametrize("make", HERE.values(), ids=HERE)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_the_native_engine_moves_layers_to_the_bit(monkeypatch, make, dtype, decay):
+    w, g = nested_arrays(make, dtype), nested_arrays(make, dtype)
+
+    def move():
+        return lars_update(w, g, 0.3, decay_lambda=decay)
+
+    found, taken = natively(monkeypatch, move)
+    assert taken == [5]
+    assert equal(found, by_the_rule(monkeypatch, move))
+
+
+@pytest.mark.parametrize("make", HERE.values(), ids=HERE)
+def test_the_native_engine_writes_out(monkeypatch, make):
+    g = nested_arrays(make)
+    expected = by_the_rule(
+        monkeypatch, lambda: lars_update(nested_arrays(make), g, 0.3)
+    )
+    for out in (nested_arrays(make), None):
+        w = nested_arrays(make)
+        out = w if out is None else out
+        _, taken = natively(
+            monkeypatch, lambda w=w, o=out: lars_update(w, g, 0.3, out=o)
+        )
+        assert taken == [5]
+        assert equal(out, expected)
+
+
+@pytest.mark.parametrize("rates", [0.3, [0.3, 0.2]])
+def test_out_that_is_other_weights_is_left_to_the_rule(monkeypatch, rates):
+    def swapped(out):
+        w = [np.arange(4.0), np.arange(4.0) + 5]
+        out = [w[1], w[0]] if out else None
+        return lars_update(w, [np.ones(4), np.ones(4)], rates, out=out)
+
+    expected = by_the_rule(monkeypatch, lambda: swapped(out=False))
+    found, taken = natively(monkeypatch, lambda: swapped(out=True))
+    assert taken == []
+    assert equal(found, expected)
+
+
+def test_kinds_that_the_native_engine_leaves(monkeypatch):
+    w = {"here": np.ones(3), "complex": np.ones(3) + 1j, "jax": jnp.ones(3)}
+    g = {"here": np.ones(3), "complex": np.ones(3) - 1j, "jax": jnp.ones(3)}
+    found, taken = natively(monkeypatch, lambda: lars_update(w, g, 0.3))
+    assert taken == [1]
+    assert equal(found, by_the_rule(monkeypatch, lambda: lars_update(w, g, 0.3)))
+    rates = {"here": 0.3, "complex": 0.1, "jax": 0.2}
+    found, taken = natively(monkeypatch, lambda: lars_update(w, g, rates))
+    assert equal(found, by_the_rule(monkeypatch, lambda: lars_update(w, g, rates)))
+
+
+@pytest.mark.parametrize("make", HERE.values(), ids=HERE)
+def test_the_native_engine_takes_steps_with_momentum(monkeypatch, make):
+    def run():
+        w, state = nested_arrays(make), functional.init(nested_arrays(make))
+        for i in range(3):
+            g = optree.tree_map(lambda x, i=i: x * (i + 1), nested_arrays(make))
+            options: Any = {"nesterov": True, "dampening": 0.2, "weight_decay": 0.1}
+            w, state = functional.update(w, g, state, 0.3, **options)
+        return [w, state.momentum]
+
+    found, taken = natively(monkeypatch, run)
+    assert taken == [3, 2] * 3 or taken == [2, 3] * 3
+    assert equal(found, by_the_rule(monkeypatch, run))
+
+
+def test_what_is_recorded_is_left_to_the_rule(monkeypatch):
+    w = torch.ones(3, requires_grad=True)
+
+    def move():
+        return lars_update(w, torch.arange(3.0), 0.1, stop_gradients=False)
+
+    new, taken = natively(monkeypatch, move)
+    assert taken == []
+    assert new.requires_grad
+    with torch.no_grad():
+        new, taken = natively(monkeypatch, move)
+    assert taken == [1]
+    assert not new.requires_grad

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.optim.lr_scheduler import LambdaLR
 
 from larskit import GradientLARS
+from larskit.engines import native
 
 SHAPES = ((5, 3), (3,), (2, 2, 2), (4,), (2, 3))
 SHORT, WITHOUT_GRADIENT = 3, 4  # of SHAPES: below the threshold; frozen
@@ -162,6 +163,40 @@ def test_leaves_the_graph_of_a_gradient_alone() -> None:
     graph = p.grad.grad_fn
     GradientLARS()(None, p)
     assert p.grad.grad_fn is graph
+
+
+def test_the_native_engine_rescales_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hook = GradientLARS(weight_decay=0.01)
+    taken = []
+    rescale_ = native.Group.rescale_
+
+    def counted(group: Any, config: Any) -> Any:
+        taken.append(len(group.weights))
+        return rescale_(group, config)
+
+    def rescaled() -> Any:
+        generator = np.random.default_rng(0)
+        w = generator.standard_normal((2, 3000)).astype("float32")
+        layer = SimpleNamespace(data=w[0], grad=w[1] * 0.1)
+        hook(None, layer)
+        first, second = parameters(), parameters()
+        optimizer = torch.optim.SGD([*first, *second], lr=0.1)
+        for p in second:
+            p.data = p.data.bfloat16()
+        for p in (*first, *second):
+            p.grad = torch.ones_like(p) * 0.3
+        with hook.attach(optimizer):
+            optimizer.step()
+        return [torch.from_numpy(layer.grad), *first, *second]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native.Group, "rescale_", counted)
+        found = rescaled()
+    assert taken == [1, len(parameters()), len(parameters())]
+    monkeypatch.setattr(native, "unavailable", lambda: "not now")
+    assert all(map(torch.equal, found, rescaled()))
 
 
 @pytest.mark.parametrize("missing", ["data", "grad"])

@@ -1,7 +1,8 @@
 """The pure faces: `lars_update`, and `init` / `update` with momentum, for any array."""
 
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from larskit.arrays import (
     write,
 )
 from larskit.config import Config, Denominator, LrPlacement, check_lr, is_number
+from larskit.engines import native
 from larskit.select import Selection, check_matched, select
 from larskit.tree import (
     dotted,
@@ -99,7 +101,7 @@ def lars_update(
     array([3. , 3.5])
     """
     layers = _Layers(w, "w")
-    columns = (
+    columns: Any = (
         layers.arrays,
         layers.like(dcdw, "dcdw"),
         layers.rates(lr, "lr"),
@@ -108,17 +110,17 @@ def lars_update(
     receivers = [] if out is None else _receivers(layers, w, out, not stop_gradients)
     if stop_gradients:
         columns = ([stop_gradient(x) for x in column] for column in columns)
-    moved = [_moved(*row) for row in zip(*columns, strict=True)]
+    config = Config(trust_coefficient=1.0, momentum=0.0)
+    rows = [
+        (w, g, None, lr, replace(config, weight_decay=decay))
+        for w, g, lr, decay in zip(*columns, strict=True)
+    ]
+    moved = [new_w for new_w, _ in _moved(rows, [unwrap(x) for x in receivers])]
     if out is None:
         return layers.rebuilt(moved)
     for receiver, new in zip(receivers, moved, strict=True):
         _store(receiver, new, not stop_gradients)
     return out
-
-
-def _moved(w: Any, g: Any, lr: Any, decay_lambda: Any) -> Any:
-    config = Config(trust_coefficient=1.0, momentum=0.0, weight_decay=decay_lambda)
-    return rule.update(w, g, None, lr, config)[0]
 
 
 def _receivers(layers: "_Layers", w: Any, out: Any, differentiable: bool) -> list[Any]:
@@ -282,7 +284,7 @@ def update(
         layers.configs(_at_step(config, state.count), adapt, decay),
         strict=True,
     )
-    moved = [rule.update(*row)[:2] for row in rows]
+    moved = _moved(list(rows))
     new_params = layers.rebuilt(new_w for new_w, _ in moved)
     new_momentum = layers.rebuilt(new_v for _, new_v in moved)
     return new_params, State(state.count + 1, new_momentum)
@@ -297,6 +299,52 @@ def _at_step(config: Config, count: Any) -> Config:
     later = count > 0
     later = cast(later, "float32") if is_array(later) else later
     return replace(config, dampening=dampening * later)
+
+
+def _moved(rows: list[Any], results: Sequence[Any] = ()) -> list[Any]:
+    """Return (w', v') for each row (w, g, v, lr, config).
+
+    Layers of one kind go through the native engine at once where it takes them, and w'
+    is then written into `results` where there are any; else the rule moves them.
+    """
+    kinds: dict[Any, list[int]] = {}
+    for i, (w, *_, lr, config) in enumerate(rows):
+        numbers = (lr, *vars(config).values())
+        key = tuple(x if is_number(x) else id(x) for x in numbers)
+        kinds.setdefault((framework(w), dtype_name(w), key), []).append(i)
+    moved: list[Any] = [None] * len(rows)
+    for kind in kinds.values():
+        chosen = [rows[i] for i in kind]
+        found = None
+        if (
+            len(kinds) == 1 or not results
+        ):  # else one kind could write another's weights
+            found = _moved_natively(chosen, [results[i] for i in kind if results])
+        found = found or [rule.update(*row)[:2] for row in chosen]
+        for i, pair in zip(kind, found, strict=True):
+            moved[i] = pair
+    return moved
+
+
+def _moved_natively(rows: list[Any], results: list[Any]) -> list[Any] | None:
+    w, g, v, (lr, *_), (config, *_) = zip(*rows, strict=True)
+    w, g = ([cast(x, dtype_name(x)) for x in xs] for xs in (w, g))  # scalars of NumPy
+    if not native.fits(w[0]) or any(map(_tracked, (*w, *g, *v, lr))):
+        return None
+    new_w = results or [native.empty_like(x) for x in w]
+    new_v = [None if x is None else native.empty_like(x) for x in v]
+    try:
+        group = native.Group(w, g, v, results=new_w, new_buffers=new_v)
+    except native.Unfit:
+        return None
+    group.step_(lr, config)
+    return list(zip(new_w, new_v, strict=True))
+
+
+def _tracked(x: Any) -> bool:
+    """Whether PyTorch records what is computed from `x`."""
+    recorded = framework(x) == "torch" and x.requires_grad
+    return recorded and sys.modules["torch"].is_grad_enabled()
 
 
 class _Layers:

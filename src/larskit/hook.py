@@ -18,6 +18,7 @@ from larskit.arrays import (
     write,
 )
 from larskit.config import Config
+from larskit.engines import native
 from larskit.rule import scaled_gradient
 
 
@@ -119,7 +120,8 @@ class GradientLARS:
                 f"param.grad {reason}, but the hook writes it in place: pass an array "
                 "that can be written, or use GradientLARS.transform"
             )
-        write(g, scaled_gradient(w, g, self._config()), "param.grad")
+        if not _rescale_natively([w], [g], [g], self._config()):
+            write(g, scaled_gradient(w, g, self._config()), "param.grad")
 
     def attach(self, optimizer: Any) -> "Attachment":
         """Rescale the gradients of a PyTorch optimizer while it steps.
@@ -306,18 +308,31 @@ class _Gradients:
     def rescale(self) -> None:
         """Compute every rescaled gradient, then put them in place."""
         config = self._hook._config()
-        own, new = [], []
+        own = []
         for i, p in enumerate(_parameters(self._optimizer)):
             if p.grad is None:
                 continue
             w, g = stop_gradient(p), stop_gradient(p.grad)
             _check(w, g, f"parameter {i}", f"the gradient of parameter {i}")
-            scale = _loss_scale(self._optimizer, p)
             own.append((p, p.grad))
-            new.append(scaled_gradient(w, g, config, scale))
+        new = self._rescaled(own, config)
         self._own = own
         for (p, _), g in zip(own, new, strict=True):
             p.grad = g
+
+    def _rescaled(self, own: list[tuple[Any, Any]], config: Config) -> list[Any]:
+        """Return the rescaled gradients, of one kind after the other."""
+        kinds: dict[Any, list[int]] = {}
+        for i, (p, g) in enumerate(own):
+            kinds.setdefault((p.device, p.dtype, g.dtype), []).append(i)
+        new: list[Any] = [None] * len(own)
+        for kind in kinds.values():
+            scale = _loss_scale(self._optimizer, own[kind[0]][0])
+            w = [stop_gradient(own[i][0]) for i in kind]
+            g = [stop_gradient(own[i][1]) for i in kind]
+            for i, x in zip(kind, _rescaled(w, g, config, scale), strict=True):
+                new[i] = x
+        return new
 
     def put_back(self) -> None:
         """Restore the optimizer's own gradients; those that were dropped stay so."""
@@ -325,6 +340,31 @@ class _Gradients:
             if p.grad is not None:
                 p.grad = g
         self._own = []
+
+
+def _rescaled(
+    weights: list[Any], gradients: list[Any], config: Config, scale: Any
+) -> list[Any]:
+    """Return new gradients of one kind, by the native engine where it takes them."""
+    if isinstance(scale, float) and scale == 1.0 and native.fits(weights[0]):
+        results = [native.empty_like(g) for g in gradients]
+        if _rescale_natively(weights, gradients, results, config):
+            return results
+    pairs = zip(weights, gradients, strict=True)
+    return [scaled_gradient(w, g, config, scale) for w, g in pairs]
+
+
+def _rescale_natively(
+    weights: list[Any], gradients: list[Any], results: list[Any], config: Config
+) -> bool:
+    """Write the rescaled gradients in C++; False where that cannot be."""
+    nothing = [None] * len(weights)
+    try:
+        group = native.Group(weights, gradients, nothing, results, rescales=True)
+    except native.Unfit:
+        return False
+    group.rescale_(config)
+    return True
 
 
 def _parameters(optimizer: Any) -> list[Any]:

@@ -236,7 +236,7 @@ class LARS(torch.optim.Optimizer):
         return self._checked
 
     def _sorted_still(self, gradients: list[list[Any]]) -> bool:
-        """Give the buckets of the last step their new gradients, if they serve again."""
+        """Give the last step's buckets the new gradients; False if they do not fit."""
         if self._sorted_by != self._sorting(gradients):
             return False
         for bucket in self._buckets:
@@ -449,7 +449,9 @@ def _check_group(group: dict[str, Any]) -> None:
         raise RuntimeError(
             "foreach=True and fused=True demand two engines: leave one of them None"
         )
-    if group["carry_norms"] and (group["foreach"] is not None or group["fused"] is False):
+    if group["carry_norms"] and (
+        group["foreach"] is not None or group["fused"] is False
+    ):
         raise RuntimeError(
             f"carry_norms=True demands the native engine, but foreach is "
             f"{group['foreach']} and fused {group['fused']}: leave both None"

@@ -31,7 +31,7 @@ _DTYPES = {
     "bfloat16": ("bfloat16",),
     "float16": ("float16",),
 }
-_SAME = ("nesterov", "clip", "adapt", "maximize", "zero_guard")
+_FLAGS = ("nesterov", "clip", "adapt", "maximize", "zero_guard")
 _NUMBERS = ("momentum", "trust_coefficient", "eps", "dampening", "threshold")
 _UNKNOWN = -1.0  # of a length, in the kernel's table
 _is_neg = methodcaller("is_neg")
@@ -106,7 +106,19 @@ def kept_buffers(
     if not keep:
         return list(buffers)
     pairs = zip(weights, buffers, strict=True)
-    return [namespace(w).empty_like(w) if v is None else v for w, v in pairs]
+    return [empty_like(w) if v is None else v for w, v in pairs]
+
+
+def fits(x: Any) -> bool:
+    """Whether the kernel can read an array, whatever else belongs to its layer."""
+    return unavailable() is None and _fault(x, x) is None
+
+
+def empty_like(x: Any) -> Any:
+    """Return an array for results, which lies in memory as `x` does."""
+    if isinstance(x, np.ndarray):
+        return np.empty_like(x, subok=False)
+    return namespace(x).empty_like(x)
 
 
 class Group:
@@ -162,9 +174,12 @@ class Group:
         self._threads = threads
         assert _native is not None
         self._dtypes = [getattr(_native.Dtype, name) for name in (w_dtype, g_dtype)]
-        columns = weights, gradients, buffers, results, new_buffers
         self._kernel = _native.Group(
-            *map(_addresses, columns),
+            _addresses(weights),
+            _addresses(gradients),
+            _addresses(buffers),
+            _addresses(results),
+            _addresses(new_buffers),
             [_size(w) for w in weights],
             weights[0].itemsize,
             gradients[0].itemsize,
@@ -173,7 +188,7 @@ class Group:
         if self._kernel.collides():
             raise Unfit("two of the arrays share memory, where threads would collide")
         self._written = [x for x in (*results, *new_buffers) if x is not None]
-        self._gradients: Sequence[Any] | None = gradients
+        self._gradients: list[Any] | None = list(gradients)
         self._fixed: list[Any] | None = None
         self._carried: Any = None
 
@@ -198,7 +213,7 @@ class Group:
         tensor = sys.modules["torch"].Tensor
         exchange = getattr(tensor, "__dlpack_c_exchange_api__", None)
         fixed = [*self.weights, *(v for v in self.buffers if v is not None)]
-        if exchange and self._kernel.remember(exchange, fixed, self._gradients):
+        if exchange and self._kernel.remember(exchange, fixed, self._gradients or []):
             self._fixed = fixed
 
     def step_(
@@ -270,27 +285,26 @@ class Group:
         self, kernel: Any, table: Any, lr: Any, config: Config, carry: bool = False
     ) -> None:
         assert self._gradients is not None, "a group steps once along its gradients"
-        options = _options(*self._dtypes, lr, config, carry)
+        options = _options(self._dtypes, lr, config, carry)
         kernel(options, _address(table), self._threads or threads(self.weights[0]))
         self._gradients = None
         if not self._numpy:  # autograd shall see what changed behind its back
             sys.modules["torch"].autograd.graph.increment_version(self._written)
 
 
-def _options(
-    weights: Any, gradients: Any, lr: Any, config: Config, carry: bool
-) -> Any:
+def _options(dtypes: list[Any], lr: Any, config: Config, carry: bool) -> Any:
     assert _native is not None
+    options: dict[str, Any] = {name: bool(getattr(config, name)) for name in _FLAGS}
+    options |= {name: float(getattr(config, name)) for name in _NUMBERS}
     return _native.Options(
-        weights=weights,
-        gradients=gradients,
+        weights=dtypes[0],
+        gradients=dtypes[1],
         denominator=getattr(_native.Denominator, config.denominator),
         inside=config.lr_placement == "inside",
         measure_result=carry,
         lr=float(lr),
         weight_decay=float(weight_decay(config)),
-        **{name: bool(getattr(config, name)) for name in _SAME},
-        **{name: float(getattr(config, name)) for name in _NUMBERS},
+        **options,
     )
 
 
