@@ -212,6 +212,7 @@ private:
 } // namespace
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false); // optimizers live until the interpreter ends
   nb::enum_<Dtype>(m, "Dtype")
       .value("float32", Dtype::float32)
       .value("float64", Dtype::float64)

@@ -15,7 +15,7 @@ from torch import nn
 import larskit
 from larskit import rule
 from larskit.config import Config
-from larskit.torch import LARS, param_groups
+from larskit.torch import LARS, param_groups, step_in_backward
 
 
 def model(seed=0) -> Any:
@@ -363,8 +363,8 @@ def test_what_is_kept_between_steps_hides_no_change(disturb, carry):
     results = []
     for engine in ({"foreach": False, "fused": False}, {"carry_norms": carry}):
         net = model()
-        options = {"weight_decay": 0.01, "trust_coefficient": 0.1, "adapt": True}
-        optimizer = LARS(net.parameters(), 1.0, **options, **engine)
+        options: Any = {"trust_coefficient": 0.1, "adapt": True, **engine}
+        optimizer = LARS(net.parameters(), 1.0, weight_decay=0.01, **options)
         for i in range(4):
             if i != 3 or disturb.__name__ != "narrowed":
                 backward(net, i)
@@ -393,7 +393,9 @@ def test_carried_norms_need_the_native_engine():
     p = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     p.grad = torch.ones_like(p)
     optimizer = LARS([p], 1.0, carry_norms=True)
-    with pytest.raises(RuntimeError, match="carry_norms=True, but weight 0 is complex64"):
+    with pytest.raises(
+        RuntimeError, match="carry_norms=True, but weight 0 is complex64"
+    ):
         optimizer.step()
 
 
@@ -406,7 +408,11 @@ ARGUMENTS = [
     ({"foreach": True, "fused": True}, RuntimeError, "foreach=True and fused=True"),
     ({"on_nonfinite": "skip"}, NotImplementedError, "on_nonfinite='skip' is not in"),
     ({"carry_norms": True, "foreach": False}, RuntimeError, "carry_norms=True demands"),
-    ({"carry_norms": True, "fused": False}, RuntimeError, "foreach is None and fused F"),
+    (
+        {"carry_norms": True, "fused": False},
+        RuntimeError,
+        "foreach is None and fused F",
+    ),
     ({"capturable": True}, NotImplementedError, "capturable=True is not in this"),
     ({"differentiable": True}, NotImplementedError, "differentiable=True is not in"),
     ({"master_weights": True}, NotImplementedError, "master_weights=True is not in"),
@@ -614,3 +620,108 @@ class TestParamGroups:
 
 def test_larskit_torch_is_loaded_on_touch():
     assert larskit.torch.LARS is LARS
+
+
+# Stepping in the backward pass
+
+
+def trained(in_backward, engine, named=True, steps=4):
+    net = model()
+    groups = param_groups(net, excluded_lr=0.1) if named else net.parameters()
+    optimizer = LARS(groups, 1.0, weight_decay=0.01, trust_coefficient=0.1, **engine)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    if in_backward:
+        step_in_backward(optimizer)
+    lengths = []
+    for i in range(steps):
+        backward(net, i)
+        assert in_backward == all(p.grad is None for p in net.parameters())
+        optimizer.step()
+        scheduler.step()
+        lengths.append(optimizer.lengths())
+        if i == 1:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return weights(net), optimizer.state_dict(), lengths
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, {"carry_norms": True}], ids=str)
+@pytest.mark.parametrize("named", [True, False])
+def test_stepping_in_backward_is_the_ordinary_step(engine, named):
+    ours, theirs = (trained(x, engine, named) for x in (True, False))
+    assert all(map(torch.equal, ours[0], theirs[0]))
+    assert ours[1]["param_groups"] == theirs[1]["param_groups"]
+    for i, state in theirs[1]["state"].items():
+        assert torch.equal(
+            ours[1]["state"][i]["momentum_buffer"], state["momentum_buffer"]
+        )
+    assert ours[2] == theirs[2]
+
+
+def test_no_two_gradients_exist_at_once():
+    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
+    optimizer = LARS(net.parameters(), 1.0)
+    step_in_backward(optimizer)
+    seen = []
+    for p in net.parameters():
+        p.register_hook(
+            lambda g: seen.append(sum(p.grad is not None for p in net.parameters()))
+        )
+    for _ in range(2):
+        net(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+    assert seen == [0] * 20
+
+
+def test_wrong_use_in_backward_is_refused():
+    net = model()
+    optimizer = LARS(net.named_parameters(), 1.0)
+    backward(net)
+    with pytest.raises(RuntimeError, match="there are gradients that no step has used"):
+        step_in_backward(optimizer)
+    optimizer.zero_grad()
+    handle = step_in_backward(optimizer)
+    with pytest.raises(RuntimeError, match="steps in backward already"):
+        step_in_backward(optimizer)
+    backward(net)
+    before = weights(net)
+    with pytest.raises(RuntimeError, match=r"'4.bias' has moved along its gradient"):
+        backward(net)
+    assert all(map(torch.equal, weights(net), before))
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="step\\(\\) got a closure"):
+        optimizer.step(lambda: 0.0)
+    optimizer.step()
+    handle.remove()
+    backward(net)
+    assert all(map(torch.equal, weights(net), before))
+    optimizer.step()
+    assert not all(map(torch.equal, weights(net), before))
+    with pytest.raises(TypeError, match="optimizer is a SGD, expected a"):
+        step_in_backward(torch.optim.SGD(net.parameters(), 0.1))  # pyright: ignore
+
+
+def test_groups_may_follow_and_gradients_may_come_by_hand():
+    first, second = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    optimizer = LARS([first], 1.0, trust_coefficient=0.5)
+    with step_in_backward(optimizer):
+        optimizer.add_param_group({"params": [second]})
+        (second * 2).sum().backward()
+        assert second.grad is None
+        first.grad = torch.ones(2, 2)
+        optimizer.step()
+        assert first.grad is None
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(first.detach(), torch.full((2, 2), 0.5))
+
+
+def test_stepping_in_backward_with_several_processes_is_refused():
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group(
+        "fake", rank=0, world_size=2, store=FakeStore()
+    )
+    try:
+        with pytest.raises(RuntimeError, match="2 processes train"):
+            step_in_backward(LARS(model().parameters(), 1.0))
+    finally:
+        torch.distributed.destroy_process_group()

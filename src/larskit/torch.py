@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -23,7 +24,7 @@ from larskit.engines import reference as _reference
 from larskit.rule import Lengths
 from larskit.select import Selection, check_matched, select
 
-__all__ = ["LARS", "param_groups"]
+__all__ = ["LARS", "StepInBackward", "param_groups", "step_in_backward"]
 
 _LATER = {
     "on_nonfinite": "propagate",
@@ -36,7 +37,6 @@ _ENGINES = ("foreach", "fused", "carry_norms")
 _PER_GROUP = tuple(
     name for name in _config.NAMES if name not in (*_PER_LAYER, "zero_guard")
 )
-_CHECKED = ("lr", *_PER_GROUP)
 
 
 class LARS(torch.optim.Optimizer):
@@ -142,10 +142,8 @@ class LARS(torch.optim.Optimizer):
             name: given[name]
             for name in ("lr", *_PER_GROUP, *_PER_LAYER, *_ENGINES, *_LATER)
         }
-        self._buckets: list[_Bucket] = []
-        self._sorted_by: Any = None
-        self._values: list[Any] = []
-        self._checked: list[Config] = []
+        self._plan = _Plan()
+        self._in_backward: StepInBackward | None = None
         super().__init__(params, defaults)
         for name in _PER_LAYER:
             selected = [any(group[name]) for group in self.param_groups]
@@ -168,11 +166,14 @@ class LARS(torch.optim.Optimizer):
         except (TypeError, ValueError, NotImplementedError):
             self.param_groups.pop()
             raise
+        if self._in_backward is not None:
+            self._in_backward.watch(len(self.param_groups) - 1)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a pickled or loaded state; what an older one lacks gets its default."""
         super().__setstate__(state)
-        self._buckets, self._sorted_by, self._values = [], None, []
+        self._plan = _Plan()
+        self.__dict__.setdefault("_in_backward", None)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name in _PER_LAYER:
@@ -198,16 +199,13 @@ class LARS(torch.optim.Optimizer):
         RuntimeError
             For a sparse gradient; nothing has moved then.
         """
+        if self._in_backward is not None:
+            return self._in_backward.end(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        configs = self._configs()
-        gradients = [[p.grad for p in group["params"]] for group in self.param_groups]
-        if not self._sorted_still(gradients):
-            self._sort(gradients)
-        for bucket in self._buckets:
-            bucket.step_(self.state, configs[bucket.index])
+        self._plan.step_(self.param_groups, self.state)
         return loss
 
     def lengths(self) -> dict[str, Lengths]:
@@ -220,75 +218,245 @@ class LARS(torch.optim.Optimizer):
             floats ``weight`` (the length before the step), ``denominator``, ``ratio``.
             Empty before the first step. This waits for the device.
         """
+        if self._in_backward is not None:
+            return self._in_backward.lengths()
+        return self._plan.lengths()
+
+
+class StepInBackward:
+    """An optimizer that steps in the backward pass, see `step_in_backward`.
+
+    It is a context manager that takes the hooks off at its end.
+    """
+
+    def __init__(self, optimizer: LARS) -> None:
+        """Watch every parameter."""
+        self._optimizer = optimizer
+        self._plans: dict[Tensor, _Plan] = {}
+        self._stepped: dict[Tensor, _Plan] = {}
+        self._last: list[_Plan] = []
+        self._handles: list[Any] = []
+        for index in range(len(optimizer.param_groups)):
+            self.watch(index)
+
+    def watch(self, index: int) -> None:
+        """Step the parameters of a group as their gradients become ready."""
+        for row, p in enumerate(self._optimizer.param_groups[index]["params"]):
+            self._plans[p] = _Plan()
+            hook = partial(self._step, index, row)
+            self._handles.append(p.register_post_accumulate_grad_hook(hook))
+
+    @torch.no_grad()
+    def _step(self, index: int, row: int, p: Tensor) -> None:
+        optimizer = self._optimizer
+        group = optimizer.param_groups[index]
+        name = _name(index, group, row)
+        if p in self._stepped:
+            raise RuntimeError(
+                f"{name!r} has moved along its gradient, and here is another one: "
+                "call optimizer.step() after each backward pass; gradients cannot be "
+                "accumulated while they are used at once"
+            )
+        only = {key: group[key][row : row + 1] for key in ("params", *_PER_LAYER)}
+        self._plans[p].step_(
+            [{**group, **only, "param_names": [name]}], optimizer.state
+        )
+        self._stepped[p] = self._plans[p]
+        p.grad = None
+
+    def end(self, closure: Any) -> None:
+        """End the step of all parameters, so that the next backward pass may begin."""
+        if closure is not None:
+            raise RuntimeError(
+                "step() got a closure, but the parameters step while the backward pass "
+                "runs: call loss.backward() yourself, then step() without a closure"
+            )
+        for index, group in enumerate(self._optimizer.param_groups):
+            for row, p in enumerate(group["params"]):
+                if p.grad is not None:  # which no backward pass has brought
+                    self._step(index, row, p)
+        self._last, self._stepped = list(self._stepped.values()), {}
+
+    def lengths(self) -> dict[str, Lengths]:
+        """Return what the last step measured, see `LARS.lengths`."""
+        return {k: v for plan in self._last for k, v in plan.lengths().items()}
+
+    def remove(self) -> None:
+        """Have the optimizer step when `step` is called, as before."""
+        for handle in self._handles:
+            handle.remove()
+        if self._optimizer._in_backward is self:
+            self._optimizer._in_backward = None
+
+    def __enter__(self) -> "StepInBackward":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Take the hooks off."""
+        self.remove()
+
+
+def step_in_backward(optimizer: LARS) -> StepInBackward:
+    """Have each parameter step as soon as its gradient is ready, and free the gradient.
+
+    The gradients of a model then never exist all at once, and each is still in cache
+    when it is used. The results are those of an ordinary step, to the bit.
+
+    Parameters
+    ----------
+    optimizer : LARS
+        With any groups; more may follow. Learning rates and other hyper-parameters
+        count as they are when the backward pass runs.
+
+    Returns
+    -------
+    StepInBackward
+        Its ``remove()``, or the end of a ``with`` block, takes it back.
+
+    Raises
+    ------
+    TypeError
+        If it is another optimizer.
+    RuntimeError
+        If it steps in backward already, holds gradients, or several processes train: a
+        gradient would be used before they have averaged it. From the backward pass, for
+        a second gradient before `LARS.step` (accumulation); from `LARS.step`, for a
+        closure.
+
+    Notes
+    -----
+    Call ``optimizer.step()`` after each backward pass as ever, before the scheduler's:
+    it ends the step. What looks at all gradients between backward and step has nothing
+    to look at: clipping them and `torch.amp.GradScaler` cannot be combined with this.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(4, 2)
+    >>> optimizer = LARS(model.parameters(), lr=2.0)
+    >>> handle = step_in_backward(optimizer)
+    >>> model(torch.ones(1, 4)).sum().backward()
+    >>> model.weight.grad is None
+    True
+    >>> optimizer.step()
+    """
+    if not isinstance(optimizer, LARS):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}, expected a larskit.torch.LARS"
+        )
+    if optimizer._in_backward is not None:
+        raise RuntimeError(
+            "the optimizer steps in backward already: remove() that first"
+        )
+    if any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
+        raise RuntimeError(
+            "there are gradients that no step has used: call optimizer.step() or "
+            "optimizer.zero_grad() first"
+        )
+    if (processes := _processes()) > 1:
+        raise RuntimeError(
+            f"{processes} processes train, and a gradient would be used before they "
+            "have averaged it: use optimizer.step() alone"
+        )
+    optimizer._in_backward = StepInBackward(optimizer)
+    return optimizer._in_backward
+
+
+def _processes() -> int:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return distributed.get_world_size()
+
+
+class _Plan:
+    """How some parameters step, kept from step to step while nothing of it changes."""
+
+    def __init__(self) -> None:
+        self._buckets: list[_Bucket] = []
+        self._sorted_by: Any = None
+        self._values: list[Any] = []
+        self._configs: list[Config] = []
+
+    def step_(self, groups: list[dict[str, Any]], state: Any) -> None:
+        """Move the parameters of `groups` that have gradients."""
+        self._check(groups)
+        gradients = [[p.grad for p in group["params"]] for group in groups]
+        if not self._fits(groups, gradients, state):
+            self._sort(groups, gradients, state)
+        for bucket in self._buckets:
+            bucket.step_(groups[bucket.index], self._configs[bucket.index], state)
+
+    def lengths(self) -> dict[str, Lengths]:
         found = {}
         for bucket in self._buckets:
             rows = zip(*(column.tolist() for column in bucket.lengths), strict=True)
             found.update(zip(bucket.names, map(Lengths._make, rows), strict=True))
         return found
 
-    def _configs(self) -> list[Config]:
-        """Return the configuration of each group, checked anew if it is a new one."""
-        values = [group[name] for group in self.param_groups for name in _CHECKED]
+    def _check(self, groups: list[dict[str, Any]]) -> None:
+        """Set the configuration of each group, checked anew if it is a new one."""
+        values = [group[name] for group in groups for name in ("lr", *_PER_GROUP)]
         same = len(values) == len(self._values) and all(map(is_, values, self._values))
         if not same:
-            self._checked = [_config_of(group) for group in self.param_groups]
+            self._configs = [_config_of(group) for group in groups]
             self._values = values
-        return self._checked
 
-    def _sorted_still(self, gradients: list[list[Any]]) -> bool:
+    def _fits(self, groups: Any, gradients: list[list[Any]], state: Any) -> bool:
         """Give the last step's buckets the new gradients; False if they do not fit."""
-        if self._sorted_by != self._sorting(gradients):
+        if self._sorted_by != _sorting(groups, gradients):
             return False
         for bucket in self._buckets:
             found = gradients[bucket.index]
             bucket.grads = [found[i] for i in bucket.rows]
-        return all(bucket.aim(self.state) for bucket in self._buckets)
+        return all(bucket.aim(state) for bucket in self._buckets)
 
-    def _sorting(self, gradients: list[list[Any]]) -> Any:
-        """Return what decides which parameter is in which bucket, but for dtypes."""
-        return [
-            (
-                [*map(id, group["params"])],
-                [g is None for g in found],
-                *(group[name] for name in (*_PER_LAYER, *_ENGINES)),
-                group["momentum"] == 0,
-            )
-            for group, found in zip(self.param_groups, gradients, strict=True)
-        ]
-
-    def _sort(self, gradients: list[list[Any]]) -> None:
+    def _sort(self, groups: Any, gradients: list[list[Any]], state: Any) -> None:
         """Sort the parameters into lists that one engine call can step."""
         buckets: dict[Any, _Bucket] = {}
-        for index, (group, found) in enumerate(
-            zip(self.param_groups, gradients, strict=True)
-        ):
-            names = group.get("param_names") or [
-                f"{index}.{i}" for i in range(len(group["params"]))
-            ]
-            columns = names, group["params"], found, group["adapt"], group["decay"]
-            for i, (name, p, g, adapt, decay) in enumerate(zip(*columns, strict=True)):
+        for index, group in enumerate(groups):
+            flags = group["adapt"], group["decay"]
+            rows = zip(group["params"], gradients[index], *flags, strict=True)
+            for row, (p, g, adapt, decay) in enumerate(rows):
                 if g is None:
                     continue
+                name = _name(index, group, row)
                 _check_dense(g, name)
                 key = index, p.device, p.dtype, g.dtype, adapt, decay
                 if key not in buckets:
-                    buckets[key] = _Bucket(group, index, adapt, decay)
-                buckets[key].add(i, name, p, g, _buffer(self.state, p))
+                    buckets[key] = _Bucket(index, adapt, decay)
+                buckets[key].add(row, name, p, g, _buffer(state, p))
         for bucket in buckets.values():
-            bucket.choose_engine(self._buckets)
+            bucket.choose_engine(groups[bucket.index], self._buckets)
         self._buckets = list(buckets.values())
-        self._sorted_by = self._sorting(gradients)
+        self._sorted_by = _sorting(groups, gradients)
+
+
+def _sorting(groups: list[dict[str, Any]], gradients: list[list[Any]]) -> Any:
+    """Return what decides which parameter is in which bucket, but for dtypes."""
+    return [
+        (
+            [*map(id, group["params"])],
+            [g is None for g in found],
+            *(group[name] for name in (*_PER_LAYER, *_ENGINES)),
+            group["momentum"] == 0,
+        )
+        for group, found in zip(groups, gradients, strict=True)
+    ]
+
+
+def _name(index: int, group: dict[str, Any], row: int) -> str:
+    names = group.get("param_names")
+    return names[row] if names else f"{index}.{row}"
 
 
 class _Bucket:
     """Layers of one device, dtype and kind, and what a step measured of them."""
 
-    def __init__(
-        self, group: dict[str, Any], index: int, adapt: bool, decay: bool
-    ) -> None:
-        self.group, self.index = group, index
+    def __init__(self, index: int, adapt: bool, decay: bool) -> None:
+        self.index = index  # of the parameter group
         self.flags = {"adapt": adapt, "decay": decay}
-        self.rows: list[int] = []  # of the parameters, in their group
+        self.rows: list[int] = []  # of the parameters in it
         self.names: list[str] = []
         self.params: list[Tensor] = []
         self.grads: list[Any] = []
@@ -309,14 +477,13 @@ class _Bucket:
         self.grads.append(grad)
         self.buffers.append(buffer)
 
-    def choose_engine(self, former: "list[_Bucket]") -> None:
+    def choose_engine(self, group: dict[str, Any], former: "list[_Bucket]") -> None:
         """Choose as the group's switches say; `former` buckets may know lengths."""
-        foreach, fused = self.group["foreach"], self.group["fused"]
-        carry = self.group["carry_norms"]
+        foreach, fused, carry = (group[name] for name in _ENGINES)
         free = foreach is None and not torch.compiler.is_compiling()
         if fused or (fused is None and free):
             try:
-                self._go_native(former if carry else [])
+                self._go_native(group["momentum"] != 0, former if carry else [])
                 return
             except _native.Unfit as why:
                 if fused or carry:
@@ -329,8 +496,7 @@ class _Bucket:
             foreach = all(type(p) in plain for p in self.params)
         self.engine = _foreach if foreach else _reference
 
-    def _go_native(self, former: "list[_Bucket]") -> None:
-        keep = self.group["momentum"] != 0
+    def _go_native(self, keep: bool, former: "list[_Bucket]") -> None:
         kept = _native.kept_buffers(self.params, self.buffers, keep)
         columns = self.params, self.grads, self.buffers
         self.native = _native.Group(*columns, new_buffers=kept)
@@ -347,19 +513,17 @@ class _Bucket:
         buffers = [_buffer(state, p) for p in self.params]
         return all(map(is_, buffers, self.buffers))
 
-    def step_(self, state: Any, config: Config) -> None:
+    def step_(self, group: dict[str, Any], config: Config, state: Any) -> None:
         """Move the layers and keep their buffers in `state`."""
-        lr = self.group["lr"]
         if config is not self.given:
             self.given, self.config = config, replace(config, **self.flags)
-        config = self.config
+        lr, carry = group["lr"], group["carry_norms"]
         if self.native is not None:
-            carry = self.group["carry_norms"]
-            self.lengths = self.native.step_(lr, config, carry=carry)
+            self.lengths = self.native.step_(lr, self.config, carry=carry)
         else:
             weights = [p.detach() for p in self.params]
             columns = weights, self.grads, self.buffers
-            self.lengths = self.engine.step_(*columns, lr, config)
+            self.lengths = self.engine.step_(*columns, lr, self.config)
         self.grads = []
         if self.stored:
             return
