@@ -622,6 +622,36 @@ def test_larskit_torch_is_loaded_on_touch():
     assert larskit.torch.LARS is LARS
 
 
+@pytest.mark.parametrize("engine", [*ENGINES, {"carry_norms": True}], ids=str)
+def test_a_compiled_training_step(engine):
+    def train(wrap):
+        torch.compiler.reset()
+        net = model()
+        optimizer = LARS(net.parameters(), 1.0, trust_coefficient=0.1, **engine)
+
+        def step(x):
+            loss = net(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step = wrap(step)
+        for i in range(3):
+            optimizer.param_groups[0]["lr"] = 1.0 / (i + 1)
+            step(torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(i)))
+        return weights(net)
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = train(lambda step: torch.compile(step, backend=backend))
+    assert graphs
+    assert all(map(torch.equal, compiled, train(lambda step: step)))
+
+
 # Stepping in the backward pass
 
 

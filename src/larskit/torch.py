@@ -95,7 +95,8 @@ class LARS(torch.optim.Optimizer):
     -----
     ``p.grad`` is never changed, and `step` never waits for the device. Everything but
     the reserved arguments can differ between parameter groups. The state of a
-    parameter is its ``momentum_buffer``.
+    parameter is its ``momentum_buffer``. A training step under `torch.compile` calls
+    `step` between two graphs, on the same engine as ever.
 
     References
     ----------
@@ -377,8 +378,9 @@ class _Plan:
         self._sorted_by: Any = None
         self._values: list[Any] = []
         self._configs: list[Config] = []
+        self.step_ = torch.compiler.disable(self._step_)  # a break between graphs
 
-    def step_(self, groups: list[dict[str, Any]], state: Any) -> None:
+    def _step_(self, groups: list[dict[str, Any]], state: Any) -> None:
         """Move the parameters of `groups` that have gradients."""
         self._check(groups)
         gradients = [[p.grad for p in group["params"]] for group in groups]
@@ -480,8 +482,7 @@ class _Bucket:
     def choose_engine(self, group: dict[str, Any], former: "list[_Bucket]") -> None:
         """Choose as the group's switches say; `former` buckets may know lengths."""
         foreach, fused, carry = (group[name] for name in _ENGINES)
-        free = foreach is None and not torch.compiler.is_compiling()
-        if fused or (fused is None and free):
+        if fused or (fused is None and foreach is None):
             try:
                 self._go_native(group["momentum"] != 0, former if carry else [])
                 return
