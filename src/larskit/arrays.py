@@ -66,7 +66,14 @@ def namespace(x: Any) -> Any:
 
 def dtype_name(x: Any) -> str:
     """Name the dtype of `x` as NumPy would: ``"float32"``."""
+    if isinstance(x.dtype, np.dtype):
+        return _numpy_name(x.dtype)
     return getattr(x.dtype, "name", str(x.dtype).rpartition(".")[2]).lower()
+
+
+@cache
+def _numpy_name(dtype: np.dtype) -> str:
+    return dtype.name  # NumPy spells it anew each time, which takes microseconds
 
 
 def check_floating(x: Any, what: str) -> None:

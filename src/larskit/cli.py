@@ -1,4 +1,4 @@
-"""The command ``larskit``: train a classifier, study optimizers."""
+"""The command ``larskit``: train a classifier, study optimizers, look for faults."""
 
 import argparse
 import os
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_study(commands)
+    _command(commands, "doctor", "Print what this installation can do.", _doctor)
     return parser
 
 
@@ -207,3 +208,10 @@ def _study(args: dict[str, Any]) -> int:
     axes = ("models", "optimizers", "batch_sizes", "lrs", "seeds")
     axes = {name: args.pop(name) for name in axes}
     return study(grid(args, **axes), **flags)
+
+
+def _doctor(args: dict[str, Any]) -> int:
+    from larskit.doctor import report
+
+    print(report())
+    return 0
