@@ -8,8 +8,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstring>
+#include <iterator>
+#include <new>
+#include <string>
 #include <thread>
+#include <vector>
 
 namespace nb = nanobind;
 using namespace nanobind::literals;
@@ -20,23 +25,23 @@ namespace {
 
 // Threads that are inside the kernel, and whether the interpreter is about to end: then
 // nobody may wait for its lock any more.
-std::atomic<int> inside{0};
+std::atomic<int> working{0};
 std::atomic<bool> ending{false};
 
 template <class F> void without_lock(F f) {
   if (ending)
     return f();
-  ++inside;
+  ++working;
   {
     nb::gil_scoped_release release;
     f();
   }
-  --inside;
+  --working;
 }
 
 void end() {
   ending = true;
-  while (inside) {
+  while (working) {
     nb::gil_scoped_release release;
     std::this_thread::yield();
   }

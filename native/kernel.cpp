@@ -187,8 +187,8 @@ const Loops &loops(Dtype weights, Dtype gradients) {
 #if defined(LARSKIT_X86)
   static const auto best = [] {
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
+    // Each AVX2 processor has F16C too, of which clang 14 has not heard.
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512vl");
     return avx512 ? loops_avx512 : avx2 ? loops_avx2 : loops_baseline;

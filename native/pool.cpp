@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -73,10 +74,12 @@ private:
 std::atomic<Pool *> pool{nullptr};
 std::mutex *using_pool = new std::mutex;
 
+#if !defined(_WIN32)
 void forget_pool() {
   pool = nullptr;
   using_pool = new std::mutex;
 }
+#endif
 
 Pool &the_pool() {
   if (!pool) {

@@ -28,6 +28,7 @@ ALLOWED = {
     "keras": MACHINERY,
     "monitor": set(),
     "report": {"monitor"},
+    "doctor": {"engines"},
     "app": MACHINERY | {"torch", "presets", "monitor", "report"},
     "__init__": {"functional", "hook", "tree", "torch", "jax", "keras", "presets"},
     "__main__": {"cli"},

@@ -78,6 +78,7 @@ def test_the_package_is_a_command(tmp_path):
         (["study", "--lrs", "sgd=0"], "--lr must be a finite number above 0"),
         (["study", "--optimizers", "sgd", "--lrs", "lars=1"], "not among --optimizers"),
         (["study", "--batch-sizes", "64", "5000"], "is larger than the 1437 images"),
+        (["doctor", "--out", "x"], "unrecognized arguments: --out x"),
     ],
 )
 def test_bad_input_is_one_sentence(capsys, tmp_path, monkeypatch, arguments, message):

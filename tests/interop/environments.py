@@ -16,9 +16,9 @@ SEEDS = ("brainpy", "chainer", "ivy")
 NEWEST_PYTHON = {"chainer": (3, 11)}
 
 
-def python(seed: str) -> Path:
+def python(seed: str, requirements: Path = REQUIREMENTS) -> Path:
     """Return the interpreter of a seed's environment, made or not."""
-    return _folder(seed) / "bin" / "python"
+    return _folder(seed, requirements) / "bin" / "python"
 
 
 def unsupported(seed: str) -> str | None:
@@ -29,10 +29,11 @@ def unsupported(seed: str) -> str | None:
     return None
 
 
-def make(seed: str) -> None:
+def make(seed: str, requirements: Path = REQUIREMENTS) -> None:
     """Install a seed's requirements, and then what must come without its own."""
-    folder = _folder(seed)
-    if _complete(seed).exists():
+    folder = _folder(seed, requirements)
+    complete = folder / "complete"
+    if complete.exists():
         return
     print(f"making the environment of {seed} in {folder}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -41,22 +42,18 @@ def make(seed: str) -> None:
         (f"{seed}.txt",),
         (f"{seed}.no-deps.txt", "--no-deps", "--no-build-isolation"),
     ):
-        if (REQUIREMENTS / file).exists():
-            pip = [python(seed), "-m", "pip", "install", "--quiet", *options]
-            subprocess.run([*pip, "-r", REQUIREMENTS / file], check=True)
-    _complete(seed).touch()
+        if (requirements / file).exists():
+            pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
+            subprocess.run([*pip, *options, "-r", requirements / file], check=True)
+    complete.touch()
 
 
-def _folder(seed: str) -> Path:
+def _folder(seed: str, requirements: Path) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(sys.version.encode())
-    for file in sorted(REQUIREMENTS.glob(f"{seed}.*")):
+    for file in sorted(requirements.glob(f"{seed}.*")):
         digest.update(file.read_bytes())
     return cache / "larskit" / "environments" / f"{seed}-{digest.hexdigest()[:16]}"
-
-
-def _complete(seed: str) -> Path:
-    return _folder(seed) / "complete"
 
 
 if __name__ == "__main__":

@@ -44,7 +44,10 @@ class Unfit(RuntimeError):
 def unavailable() -> str | None:
     """Say why this engine cannot run at all; None where it can."""
     if _native is None:
-        return f"larskit was installed without its C++ kernel ({_missing})"
+        return (
+            f"larskit was installed without its C++ kernel ({_missing}): install a "
+            "C++ compiler, then larskit again"
+        )
     return None
 
 
