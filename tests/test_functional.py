@@ -1278,7 +1278,7 @@ def natively(monkeypatch, move):
         return move(), taken
 
 
-def nested_arrays(make, dtype="float32"):
+def nested_arrays(make, dtype="float32") -> Any:
     generator = np.random.default_rng(0)
 
     def leaf(*shape):

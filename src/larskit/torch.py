@@ -378,7 +378,7 @@ class _Plan:
         self._sorted_by: Any = None
         self._values: list[Any] = []
         self._configs: list[Config] = []
-        self.step_ = torch.compiler.disable(self._step_)  # a break between graphs
+        self.step_: Any = torch.compiler.disable(self._step_)  # between two graphs
 
     def _step_(self, groups: list[dict[str, Any]], state: Any) -> None:
         """Move the parameters of `groups` that have gradients."""
@@ -511,7 +511,10 @@ class _Bucket:
         """Whether the native engine can go on, with the gradients that are here now."""
         if self.native is None or not self.native.aim(self.grads):
             return False
-        buffers = [_buffer(state, p) for p in self.params]
+        try:
+            buffers = [state[p]["momentum_buffer"] for p in self.params]
+        except KeyError:
+            buffers = [_buffer(state, p) for p in self.params]
         return all(map(is_, buffers, self.buffers))
 
     def step_(self, group: dict[str, Any], config: Config, state: Any) -> None:
