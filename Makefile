@@ -4,7 +4,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 SOURCES := .venv/modules pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 
-.PHONY: run test test-all environments lint format bench clean
+.PHONY: run test test-all environments lint format bench dist clean
 
 run: .venv/app  ## the study that shows the point, then one full training
 	$(BIN)/larskit study --models convnet convnet-plain --optimizers sgd lars adamw \
@@ -30,8 +30,16 @@ format: .venv/dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: .venv/dev
-	$(BIN)/python benchmarks/torch_step.py
+bench: .venv/dev  ## one step of every optimizer, side by side; makes the peers' environments
+	$(BIN)/python benchmarks/step.py $(ARGS)
+
+dist: .venv/dev  ## sdist, and the wheel from it, tried in an environment of its own
+	rm -rf dist
+	$(BIN)/python -m build --dependency-constraints-txt constraints.txt
+	environment=$$(mktemp -d) && trap 'rm -rf "$$environment"' EXIT && \
+		$(BIN)/python -m venv "$$environment" && \
+		"$$environment/bin/pip" install --quiet -c constraints.txt dist/*.whl && \
+		"$$environment/bin/python" -I tests/smoke_wheel.py
 
 clean:
 	rm -rf .venv build dist runs .pytest_cache .ruff_cache .hypothesis .benchmarks

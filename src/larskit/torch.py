@@ -34,6 +34,7 @@ _LATER = {
 }
 _PER_LAYER = ("adapt", "decay")
 _ENGINES = ("foreach", "fused", "carry_norms")
+_NOTHING: dict[str, Any] = {}
 _PER_GROUP = tuple(
     name for name in _config.NAMES if name not in (*_PER_LAYER, "zero_guard")
 )
@@ -511,11 +512,8 @@ class _Bucket:
         """Whether the native engine can go on, with the gradients that are here now."""
         if self.native is None or not self.native.aim(self.grads):
             return False
-        try:
-            buffers = [state[p]["momentum_buffer"] for p in self.params]
-        except KeyError:
-            buffers = [_buffer(state, p) for p in self.params]
-        return all(map(is_, buffers, self.buffers))
+        now = [_buffer(state, p) for p in self.params]
+        return all(map(is_, now, self.buffers))
 
     def step_(self, group: dict[str, Any], config: Config, state: Any) -> None:
         """Move the layers and keep their buffers in `state`."""
@@ -543,7 +541,7 @@ def _config_of(group: dict[str, Any]) -> Config:
 
 
 def _buffer(state: Any, p: Tensor) -> Tensor | None:
-    return state[p].get("momentum_buffer") if p in state else None
+    return state.get(p, _NOTHING).get("momentum_buffer")
 
 
 def _check_dense(grad: Tensor, name: str) -> None:
