@@ -156,16 +156,19 @@ public:
     return true;
   }
 
-  // Take other gradients; false if something does not look as it did, or has moved.
+  // Take other gradients, as many; false if something does not look as it did, or moved.
   bool aim(nb::list fixed, nb::list gradients) {
-    for (std::size_t i = 0; i < looks_.size(); ++i)
-      if (!looks_[i].unmoved(*exchange_, fixed[i]))
+    auto look = looks_.begin();
+    for (nb::handle x : fixed)
+      if (!look++->unmoved(*exchange_, x))
         return false;
-    for (std::size_t i = 0; i < gradient_looks_.size(); ++i) {
+    look = gradient_looks_.begin();
+    auto layer = layers_.begin();
+    for (nb::handle x : gradients) {
       void *gradient;
-      if (!gradient_looks_[i].same(*exchange_, gradients[i], gradient))
+      if (!look++->same(*exchange_, x, gradient))
         return false;
-      layers_[i].gradient = gradient;
+      layer++->gradient = gradient;
     }
     return !collides();
   }

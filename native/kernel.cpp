@@ -13,7 +13,7 @@ namespace {
 
 // In elements: what a group must hold to be worth the waking of a second thread, and what
 // a layer may hold to be left to one, which then finds it in its own cache.
-constexpr std::int64_t alone = 32 * 1024, whole = 256 * 1024;
+constexpr std::int64_t alone = 512 * 1024, whole = 256 * 1024;
 
 // In blocks: what threads take of a larger layer, and what a loop takes while it is in
 // the innermost cache.

@@ -29,8 +29,13 @@ public:
     }
     wake_.notify_all();
     drain(task, count);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      wanted_ = 0; // who has not begun by now need not begin
+    }
+    for (int i = 0; i < 1000 && active_ > 0; ++i)
+      std::this_thread::yield(); // falling asleep would take longer than what is left
     std::unique_lock<std::mutex> lock(mutex_);
-    wanted_ = 0; // who has not begun by now need not begin
     done_.wait(lock, [this] { return active_ == 0; });
     task_ = nullptr;
   }
@@ -64,8 +69,8 @@ private:
   std::condition_variable wake_, done_;
   std::vector<std::thread> workers_;
   const std::function<void(int)> *task_ = nullptr;
-  std::atomic<int> next_{0};
-  int count_ = 0, wanted_ = 0, active_ = 0;
+  std::atomic<int> next_{0}, active_{0};
+  int count_ = 0, wanted_ = 0;
   std::uint64_t round_ = 0;
 };
 

@@ -1,6 +1,6 @@
 """LARS as a `torch.optim.Optimizer`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from operator import is_
@@ -376,19 +376,28 @@ class _Plan:
 
     def __init__(self) -> None:
         self._buckets: list[_Bucket] = []
-        self._sorted_by: Any = None
+        self._idle: list[Tensor] = []  # without a gradient
+        self._params: list[Tensor] = []
+        self._states: list[Any] = []
+        self._switches: list[Any] = []
         self._values: list[Any] = []
         self._configs: list[Config] = []
-        self.step_: Any = torch.compiler.disable(self._step_)  # between two graphs
+        self._outside_graphs: Any = torch.compiler.disable(self._step_)
+
+    def step_(self, groups: list[dict[str, Any]], state: Any) -> None:
+        """Move the parameters of `groups` that have gradients."""
+        step_ = self._outside_graphs if torch.compiler.is_compiling() else self._step_
+        step_(groups, state)
 
     def _step_(self, groups: list[dict[str, Any]], state: Any) -> None:
-        """Move the parameters of `groups` that have gradients."""
         self._check(groups)
-        gradients = [[p.grad for p in group["params"]] for group in groups]
-        if not self._fits(groups, gradients, state):
-            self._sort(groups, gradients, state)
+        fits = self._fits(groups, state)
+        if not fits:
+            self._sort(groups, state)
         for bucket in self._buckets:
             bucket.step_(groups[bucket.index], self._configs[bucket.index], state)
+        if not fits:
+            self._states = [*state.values()]
 
     def lengths(self) -> dict[str, Lengths]:
         found = {}
@@ -400,52 +409,50 @@ class _Plan:
     def _check(self, groups: list[dict[str, Any]]) -> None:
         """Set the configuration of each group, checked anew if it is a new one."""
         values = [group[name] for group in groups for name in ("lr", *_PER_GROUP)]
-        same = len(values) == len(self._values) and all(map(is_, values, self._values))
-        if not same:
+        if not _same(values, self._values):
             self._configs = [_config_of(group) for group in groups]
             self._values = values
 
-    def _fits(self, groups: Any, gradients: list[list[Any]], state: Any) -> bool:
-        """Give the last step's buckets the new gradients; False if they do not fit."""
-        if self._sorted_by != _sorting(groups, gradients):
-            return False
-        for bucket in self._buckets:
-            found = gradients[bucket.index]
-            bucket.grads = [found[i] for i in bucket.rows]
-        return all(bucket.aim(state) for bucket in self._buckets)
+    def _fits(self, groups: list[dict[str, Any]], state: Any) -> bool:
+        """Whether the buckets of the last step serve again, with new gradients."""
+        return (
+            self._switches == [_switches(group) for group in groups]
+            and _same([p for group in groups for p in group["params"]], self._params)
+            and _same(state.values(), self._states)
+            and all(p.grad is None for p in self._idle)
+            and all(bucket.aim() for bucket in self._buckets)
+        )
 
-    def _sort(self, groups: Any, gradients: list[list[Any]], state: Any) -> None:
+    def _sort(self, groups: list[dict[str, Any]], state: Any) -> None:
         """Sort the parameters into lists that one engine call can step."""
         buckets: dict[Any, _Bucket] = {}
+        idle = []
         for index, group in enumerate(groups):
-            flags = group["adapt"], group["decay"]
-            rows = zip(group["params"], gradients[index], *flags, strict=True)
-            for row, (p, g, adapt, decay) in enumerate(rows):
-                if g is None:
+            rows = zip(group["params"], group["adapt"], group["decay"], strict=True)
+            for row, (p, adapt, decay) in enumerate(rows):
+                if p.grad is None:
+                    idle.append(p)
                     continue
                 name = _name(index, group, row)
-                _check_dense(g, name)
-                key = index, p.device, p.dtype, g.dtype, adapt, decay
+                _check_dense(p.grad, name)
+                key = index, p.device, p.dtype, p.grad.dtype, adapt, decay
                 if key not in buckets:
                     buckets[key] = _Bucket(index, adapt, decay)
-                buckets[key].add(row, name, p, g, _buffer(state, p))
+                buckets[key].add(name, p, _buffer(state, p))
         for bucket in buckets.values():
             bucket.choose_engine(groups[bucket.index], self._buckets)
-        self._buckets = list(buckets.values())
-        self._sorted_by = _sorting(groups, gradients)
+        self._buckets, self._idle = list(buckets.values()), idle
+        self._params = [p for group in groups for p in group["params"]]
+        self._switches = [_switches(group) for group in groups]
 
 
-def _sorting(groups: list[dict[str, Any]], gradients: list[list[Any]]) -> Any:
-    """Return what decides which parameter is in which bucket, but for dtypes."""
-    return [
-        (
-            [*map(id, group["params"])],
-            [g is None for g in found],
-            *(group[name] for name in (*_PER_LAYER, *_ENGINES)),
-            group["momentum"] == 0,
-        )
-        for group, found in zip(groups, gradients, strict=True)
-    ]
+def _same(these: Collection[Any], those: Collection[Any]) -> bool:
+    return len(these) == len(those) and all(map(is_, these, those))
+
+
+def _switches(group: dict[str, Any]) -> Any:
+    """Return what in a group decides about buckets and engines."""
+    return [group[name] for name in (*_PER_LAYER, *_ENGINES)], group["momentum"] == 0
 
 
 def _name(index: int, group: dict[str, Any], row: int) -> str:
@@ -459,25 +466,21 @@ class _Bucket:
     def __init__(self, index: int, adapt: bool, decay: bool) -> None:
         self.index = index  # of the parameter group
         self.flags = {"adapt": adapt, "decay": decay}
-        self.rows: list[int] = []  # of the parameters in it
         self.names: list[str] = []
         self.params: list[Tensor] = []
         self.grads: list[Any] = []
         self.buffers: list[Tensor | None] = []
         self.engine: Any = None
         self.native: _native.Group | None = None
-        self.stored = False
+        self.states: list[dict[str, Any]] = []  # once they hold the buffers
         self.given: Any = None
         self.config: Any = None
-        self.lengths: Any = None
+        self.found: Any = None
 
-    def add(
-        self, row: int, name: str, p: Tensor, grad: Tensor, buffer: Tensor | None
-    ) -> None:
-        self.rows.append(row)
+    def add(self, name: str, p: Tensor, buffer: Tensor | None) -> None:
         self.names.append(name)
         self.params.append(p)
-        self.grads.append(grad)
+        self.grads.append(p.grad)
         self.buffers.append(buffer)
 
     def choose_engine(self, group: dict[str, Any], former: "list[_Bucket]") -> None:
@@ -508,12 +511,18 @@ class _Bucket:
             if bucket.native is not None:
                 self.native.take_over(bucket.native)
 
-    def aim(self, state: Any) -> bool:
+    def aim(self) -> bool:
         """Whether the native engine can go on, with the gradients that are here now."""
+        self.grads = [p.grad for p in self.params]
         if self.native is None or not self.native.aim(self.grads):
             return False
-        now = [_buffer(state, p) for p in self.params]
+        now = [state.get("momentum_buffer") for state in self.states]
         return all(map(is_, now, self.buffers))
+
+    @property
+    def lengths(self) -> Lengths:
+        """What the last step measured."""
+        return self.found if self.native is None else self.native.lengths
 
     def step_(self, group: dict[str, Any], config: Config, state: Any) -> None:
         """Move the layers and keep their buffers in `state`."""
@@ -521,18 +530,19 @@ class _Bucket:
             self.given, self.config = config, replace(config, **self.flags)
         lr, carry = group["lr"], group["carry_norms"]
         if self.native is not None:
-            self.lengths = self.native.step_(lr, self.config, carry=carry)
+            self.native.step_(lr, self.config, carry=carry)
         else:
             weights = [p.detach() for p in self.params]
             columns = weights, self.grads, self.buffers
-            self.lengths = self.engine.step_(*columns, lr, self.config)
+            self.found = self.engine.step_(*columns, lr, self.config)
         self.grads = []
-        if self.stored:
+        if self.states:
             return
         for p, buffer in zip(self.params, self.buffers, strict=True):
             if buffer is not None:
                 state[p]["momentum_buffer"] = buffer
-        self.stored = self.native is not None
+        if self.native is not None:
+            self.states = [state.get(p, _NOTHING) for p in self.params]
 
 
 def _config_of(group: dict[str, Any]) -> Config:
@@ -541,7 +551,7 @@ def _config_of(group: dict[str, Any]) -> Config:
 
 
 def _buffer(state: Any, p: Tensor) -> Tensor | None:
-    return state.get(p, _NOTHING).get("momentum_buffer")
+    return state[p].get("momentum_buffer") if p in state else None
 
 
 def _check_dense(grad: Tensor, name: str) -> None:

@@ -9,7 +9,6 @@ import atexit
 import os
 import sys
 from collections.abc import Sequence
-from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,6 @@ _DTYPES = {
 _FLAGS = ("nesterov", "clip", "adapt", "maximize", "zero_guard")
 _NUMBERS = ("momentum", "trust_coefficient", "eps", "dampening", "threshold")
 _UNKNOWN = -1.0  # of a length, in the kernel's table
-_is_neg = methodcaller("is_neg")
 
 
 class Unfit(RuntimeError):
@@ -97,9 +95,9 @@ def step_(
     """Move `weights` and `buffers` in place, see `larskit.engines`."""
     kept = kept_buffers(weights, buffers, float(config.momentum) != 0)
     group = Group(weights, gradients, buffers, new_buffers=kept, threads=threads)
-    found = group.step_(lr, config, norms)
+    group.step_(lr, config, norms)
     buffers[:] = kept
-    return found
+    return group.lengths
 
 
 def kept_buffers(
@@ -193,12 +191,15 @@ class Group:
         self._written = [x for x in (*results, *new_buffers) if x is not None]
         self._gradients: list[Any] | None = list(gradients)
         self._fixed: list[Any] | None = None
+        self._single = [i for i, w in enumerate(weights) if _size(w) == 1]
         self._carried: Any = None
+        self._measured: Any = None
 
     def aim(self, gradients: list[Any]) -> bool:
         """Take other gradients for the next step, if they and all else fit as before.
 
-        What can change about a torch tensor from step to step is read anew.
+        What can change about a torch tensor from step to step is read anew. Only a
+        gradient of one element can be a lazy negation and yet lie densely.
         """
         if self._fixed is None:
             return False
@@ -206,7 +207,7 @@ class Group:
             fits = self._kernel.aim(self._fixed, gradients)
         except (BufferError, RuntimeError):  # a sparse gradient, for one
             return False
-        if not fits or any(map(_is_neg, gradients)):
+        if not fits or any(gradients[i].is_neg() for i in self._single):
             return False
         self._gradients = gradients
         return True
@@ -226,7 +227,7 @@ class Group:
         norms: tuple[Any, Any] | None = None,
         *,
         carry: bool = False,
-    ) -> Lengths:
+    ) -> None:
         """Move every layer along the gradients that were given last, once.
 
         With `carry` the lengths of the new weights are measured on the way, and used by
@@ -238,22 +239,24 @@ class Group:
         elif self._carried is not None:
             table[:, 0] = self._still_known()
         self._run(self._kernel.step, table, lr, config, carry)
-        weight, denominator, ratio, result = table.T
-        self._carried = (self._marks(), result) if carry else None
-        return Lengths(weight, denominator, ratio)
+        self._carried = (self._marks(), _columns(table)[3]) if carry else None
+        self._measured = table
 
-    def rescale_(self, config: Config) -> Lengths:
+    @property
+    def lengths(self) -> Lengths:
+        """What the last step measured."""
+        return Lengths(*_columns(self._measured)[:3])
+
+    def rescale_(self, config: Config) -> None:
         """Write the rescaled gradients, see `larskit.rule.scaled_gradient`."""
-        table = self._table()
-        self._run(self._kernel.rescale, table, 0.0, config)
-        return Lengths(*table.T[:3])
+        self._run(self._kernel.rescale, self._table(), 0.0, config)
 
     def measure(self) -> Any:
         """Return the lengths of the weights, as a wide 1-d array."""
         table = self._table()
         table[:, 1] = 0.0  # which is not asked for
         self._run(self._kernel.measure, table, 0.0, Config())
-        return table.T[0]
+        return _columns(table)[0]
 
     def take_over(self, other: "Group") -> None:
         """Keep the lengths that another group of some of the same weights carries."""
@@ -400,6 +403,10 @@ def _address(x: Any) -> int:
     if isinstance(x, np.ndarray):
         return x.__array_interface__["data"][0]
     return x.data_ptr()
+
+
+def _columns(table: Any) -> Any:
+    return table.T if isinstance(table, np.ndarray) else table.unbind(1)
 
 
 def _size(x: Any) -> int:
