@@ -63,6 +63,8 @@ def measure(rounds: int) -> dict[str, list[tuple[float, int]]]:
         for way, pipe in pipes.items():
             pipe.send("step")
             found[way].append(pipe.recv())
+    for pipe in pipes.values():
+        pipe.send("stop")
     return found
 
 

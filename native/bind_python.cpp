@@ -217,6 +217,62 @@ private:
   std::vector<Look> looks_, gradient_looks_;
 };
 
+// The memory of an array, borrowed while this lives.
+class Borrowed {
+public:
+  Borrowed(nb::handle x, int flags)
+      : found_(!PyObject_GetBuffer(x.ptr(), &view_, flags | PyBUF_FORMAT | PyBUF_ND)) {
+    if (!found_)
+      PyErr_Clear();
+  }
+  Borrowed(const Borrowed &) = delete;
+  ~Borrowed() {
+    if (found_)
+      PyBuffer_Release(&view_);
+  }
+
+  explicit operator bool() const { return found_; }
+  const Py_buffer &operator*() const { return view_; }
+
+private:
+  Py_buffer view_;
+  bool found_;
+};
+
+bool alike(const Py_buffer &a, const Py_buffer &b) {
+  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape) &&
+         std::strcmp(a.format, b.format) == 0;
+}
+
+bool apart(const Py_buffer &a, const Py_buffer &b) {
+  auto *x = static_cast<char *>(a.buf), *y = static_cast<char *>(b.buf);
+  return x + a.len <= y || y + b.len <= x;
+}
+
+// Rescale a gradient in place, if the two are contiguous arrays of one dtype that this
+// can read.
+bool rescale_array(const Options &options, nb::handle weights, nb::handle gradient,
+                   int threads) {
+  const Borrowed w(weights, 0), g(gradient, PyBUF_WRITABLE);
+  if (!w || !g || !alike(*w, *g) || !apart(*w, *g))
+    return false;
+  const std::string format = (*w).format;
+  Options o = options;
+  if (format == "f")
+    o.weights = o.gradients = Dtype::float32;
+  else if (format == "d")
+    o.weights = o.gradients = Dtype::float64;
+  else if (format == "e")
+    o.weights = o.gradients = Dtype::float16;
+  else
+    return false;
+  const std::vector<Layer> layers{{(*w).buf, (*g).buf, nullptr, (*g).buf, nullptr,
+                                   std::int64_t((*w).len / (*w).itemsize)}};
+  Lengths lengths{-1, -1, -1, -1};
+  without_lock([&] { rescale(o, layers, &lengths, threads); });
+  return true;
+}
+
 } // namespace
 
 NB_MODULE(_native, m) {
@@ -256,6 +312,7 @@ NB_MODULE(_native, m) {
       .def("step", &Group::step)
       .def("rescale", &Group::rescale)
       .def("measure", &Group::measure);
+  m.def("rescale_array", &rescale_array);
   m.def("end", &end);
   m.def("variant", [] {
     return std::string(loops(Dtype::float32, Dtype::float32).name);

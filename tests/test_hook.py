@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from larskit import GradientLARS
 from larskit.engines import native
+from larskit.rule import scaled_gradient
 
 SHAPES = ((5, 3), (3,), (2, 2, 2), (4,), (2, 3))
 SHORT, WITHOUT_GRADIENT = 3, 4  # of SHAPES: below the threshold; frozen
@@ -165,6 +166,39 @@ def test_leaves_the_graph_of_a_gradient_alone() -> None:
     assert p.grad.grad_fn is graph
 
 
+BASE = np.arange(24, dtype="float32").reshape(4, 6) + 1
+FIXED = BASE.copy()
+FIXED.flags.writeable = False
+ONE_BY_ONE = {
+    "float16": (BASE.astype("float16"), BASE.astype("float16"), True),
+    "float32": (BASE, BASE.copy(), True),
+    "float64": (BASE.astype("float64"), BASE.astype("float64"), True),
+    "large": (np.ones((1024, 1024), "f4"), np.ones((1024, 1024), "f4"), True),
+    "fixed weights": (FIXED, BASE.copy(), True),
+    "no dimension": (np.array(3.0), np.array(0.5), True),
+    "empty": (np.ones((0, 3)), np.ones((0, 3)), True),
+    "fixed gradient": (BASE, FIXED, False),
+    "strided": (BASE, np.ones((4, 12), "f4")[:, ::2], False),
+    "transposed": (BASE.T, np.ones((6, 4), "f4").T.copy().T, False),
+    "other dtype": (BASE, BASE.astype("float64"), False),
+    "other byte order": (BASE.astype(">f4"), BASE.astype(">f4"), False),
+    "other shape": (BASE, BASE[:2].copy(), False),
+    "one array": (BASE, BASE, False),
+    "integers": (BASE.astype("int32"), BASE.astype("int32"), False),
+    "tensors": (torch.ones(3), torch.ones(3), False),
+}
+
+
+@pytest.mark.parametrize("what", ONE_BY_ONE)
+def test_arrays_that_are_rescaled_one_by_one(what: str) -> None:
+    w, g, taken = ONE_BY_ONE[what]
+    config = GradientLARS(weight_decay=0.01, eps=0.1)._config()
+    before = g.copy() if isinstance(g, np.ndarray) else g.clone()
+    assert native.Rescaler(config)(w, g) is taken
+    expected = scaled_gradient(w, before, config) if taken else before
+    assert bool((g == expected).all())
+
+
 def test_the_native_engine_rescales_to_the_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -194,8 +228,9 @@ def test_the_native_engine_rescales_to_the_bit(
     with monkeypatch.context() as patch:
         patch.setattr(native.Group, "rescale_", counted)
         found = rescaled()
-    assert taken == [1, len(parameters()), len(parameters())]
+    assert taken == [len(parameters())] * 2
     monkeypatch.setattr(native, "unavailable", lambda: "not now")
+    monkeypatch.setattr(native.Rescaler, "__call__", lambda self, w, g: False)
     assert all(map(torch.equal, found, rescaled()))
 
 

@@ -7,6 +7,7 @@ step of a PyTorch optimizer, `GradientLARS.transform` into a chain of optax.
 import sys
 from collections.abc import Callable
 from functools import wraps
+from operator import is_not
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -85,6 +86,7 @@ class GradientLARS:
         self.weight_decay = weight_decay
         self.eps = eps
         self._config()
+        self._made: tuple[Any, native.Rescaler] | None = None
 
     def _config(self) -> Config:
         return Config(
@@ -94,6 +96,13 @@ class GradientLARS:
             trust_coefficient=1.0,
             zero_guard=False,
         )
+
+    def _rescaler(self) -> native.Rescaler:
+        """Return the native engine's, made anew where an attribute has changed."""
+        values = self.threshold, self.weight_decay, self.eps
+        if self._made is None or any(map(is_not, values, self._made[0])):
+            self._made = values, native.Rescaler(self._config())
+        return self._made[1]
 
     def __call__(self, rule: Any, param: Any) -> None:
         """Rescale the gradient of one parameter in place.
@@ -111,9 +120,10 @@ class GradientLARS:
             Before anything is written, where the arrays cannot be rescaled.
         """
         w = param.array if hasattr(param, "array") else param.data
-        if w is None or param.grad is None:
+        g = param.grad
+        if w is None or g is None or self._rescaler()(w, g):
             return
-        w, g = stop_gradient(w), stop_gradient(param.grad)
+        w, g = stop_gradient(w), stop_gradient(g)
         _check(w, g, "param.data", "param.grad")
         if reason := unwritable(g):
             raise TypeError(

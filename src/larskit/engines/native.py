@@ -32,6 +32,7 @@ _DTYPES = {
 }
 _FLAGS = ("nesterov", "clip", "adapt", "maximize", "zero_guard")
 _NUMBERS = ("momentum", "trust_coefficient", "eps", "dampening", "threshold")
+_LARGE = 2**19  # elements, below which the kernel stays with one thread
 _UNKNOWN = -1.0  # of a length, in the kernel's table
 
 
@@ -296,6 +297,25 @@ class Group:
         self._gradients = None
         if not self._numpy:  # autograd shall see what changed behind its back
             sys.modules["torch"].autograd.graph.increment_version(self._written)
+
+
+class Rescaler:
+    """Rescales NumPy gradients one by one, where a group would take longer to make."""
+
+    def __init__(self, config: Config) -> None:
+        """Take over the hyper-parameters."""
+        self._options = None
+        if _native is not None:
+            dtypes = [_native.Dtype.float32] * 2  # the kernel looks for itself
+            self._options = _options(dtypes, 0.0, config, False)
+
+    def __call__(self, w: Any, g: Any) -> bool:
+        """Rescale `g` in place; False, and nothing done, if that cannot be here."""
+        if self._options is None or type(w) is not np.ndarray or type(g) is not type(w):
+            return False
+        assert _native is not None
+        count = threads() if w.size > _LARGE else 1
+        return _native.rescale_array(self._options, w, g, count)
 
 
 def _options(dtypes: list[Any], lr: Any, config: Config, carry: bool) -> Any:

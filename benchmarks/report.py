@@ -1,0 +1,208 @@
+"""The table, the figures to reach, and the picture."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from measure import Measured
+from rows import (
+    BASELINE,
+    CARRIED,
+    COPY,
+    FUNCTION,
+    FUNCTION_OUT,
+    IVY,
+    MOVED,
+    NATIVE,
+    OUR_HOOK,
+    ROWS,
+    SCALE,
+    THEIR_HOOK,
+)
+from shapes import RESNET, SMALL, VIT
+
+AT_MOST = {
+    (NATIVE, BASELINE): {RESNET: 1.35, VIT: 1.45, SMALL: 0.6},
+    (CARRIED, BASELINE): {RESNET: 1.2, VIT: 1.2},
+}
+FASTEST_PEER = "the fastest peer's LARS"
+TIMES_FASTER = {
+    (NATIVE, FASTEST_PEER): {RESNET: 3, VIT: 2, SMALL: 3},
+    (FUNCTION, IVY): {RESNET: 50},
+    (OUR_HOOK, THEIR_HOOK): {RESNET: 2, VIT: 2, SMALL: 2},
+}
+EXTRA_AT_MOST = {
+    row: {RESNET: 0.01, VIT: 0.01} for row in (NATIVE, CARRIED, FUNCTION_OUT, OUR_HOOK)
+}
+
+STYLE = {
+    "sgd": ("C7", "SGD, for scale"),
+    "lars": ("C3", "larskit"),
+    "peer": ("C0", "other packages"),
+}
+
+
+def summary(found: Measured) -> dict[str, dict[str, float]]:
+    """Return the figures of each row, the fastest first."""
+    rows = {}
+    fastest = max(bandwidth(found, row) for row in (COPY, SCALE))
+    for name in found.times.keys() - {COPY, SCALE}:
+        low, middle, high = np.quantile(found.ratios(name, BASELINE), (0.1, 0.5, 0.9))
+        seconds = float(np.median([*found.times[name].values()]))
+        limit = ROWS[name].passes * found.size / fastest
+        rows[name] = {
+            "median_ms": 1e3 * seconds,
+            "ratio": float(middle),
+            "ratio_p10": float(low),
+            "ratio_p90": float(high),
+            "of_memory_limit": limit / seconds,
+            "extra_MB": found.peaks[name] / 1e6,
+            "rounds": len(found.times[name]),
+        }
+    return dict(sorted(rows.items(), key=lambda row: row[1]["ratio"]))
+
+
+def bandwidth(found: Measured, row: str) -> float:
+    """Return the bytes per second that a row of the kind "memory" reads and writes."""
+    seconds = float(np.median([*found.times[row].values()]))
+    return ROWS[row].passes * 4 * MOVED / seconds
+
+
+def table(title: str, found: Measured) -> str:
+    """Return the figures in Markdown."""
+    lines = [
+        f"### {title}: {found.size / 4e6:,.1f} million floats",
+        "",
+        "| optimizer | median | against fused SGD | 10 % to 90 % | of the memory limit "
+        "| extra memory |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in summary(found).items():
+        lines.append(
+            f"| {name} | {row['median_ms']:.3g} ms | {row['ratio']:.3g} "
+            f"| {row['ratio_p10']:.3g} to {row['ratio_p90']:.3g} "
+            f"| {100 * row['of_memory_limit']:.0f} % | {row['extra_MB']:.1f} MB |"
+        )
+    copied, scaled = (bandwidth(found, row) / 1e9 for row in (COPY, SCALE))
+    lines += [
+        "",
+        f"Memory: a copy reads and writes {copied:.1f} GB/s, scaling in place "
+        f"{scaled:.1f} GB/s. The faster one is the limit.",
+    ]
+    lines += [f"Left out: {name} ({why})." for name, why in found.left_out.items()]
+    return "\n".join(lines)
+
+
+def verdicts(title: str, found: Measured) -> Iterator[str]:
+    """Say of each figure to reach on these shapes whether it was."""
+    for (row, other), limits in AT_MOST.items():
+        ratio = _ratio(found, row, other)
+        yield from _verdict(title, f"{row}, time / {other}", ratio, limits, -1)
+    for (row, other), limits in TIMES_FASTER.items():
+        ratio = _ratio(found, _peer(found) if other == FASTEST_PEER else other, row)
+        yield from _verdict(title, f"{row}, times faster than {other}", ratio, limits)
+    for row, limits in EXTRA_AT_MOST.items():
+        extra = found.peaks[row] / found.size if row in found.peaks else None
+        yield from _verdict(title, f"{row}, extra memory / model", extra, limits, -1)
+
+
+def _ratio(found: Measured, row: str, other: str) -> float | None:
+    known = row in found.times and other in found.times
+    return found.ratio(row, other) if known else None
+
+
+def _peer(found: Measured) -> str:
+    """Name the fastest whole LARS of another package; passes tell it from a hook."""
+    peers = {
+        found.ratio(name, BASELINE): name
+        for name in found.times
+        if ROWS[name].kind == "peer" and ROWS[name].passes == ROWS[NATIVE].passes
+    }
+    return peers[min(peers)] if peers else ""
+
+
+def _verdict(
+    title: str,
+    what: str,
+    value: float | None,
+    limits: Mapping[str, float],
+    sign: int = 1,
+) -> Iterator[str]:
+    limit = limits.get(title)
+    if limit is None:
+        return
+    wish = f"at {'least' if sign > 0 else 'most'} {limit:g}"
+    if value is None:
+        yield f"- not measured: {title}, {what} ({wish})"
+    else:
+        met = "met" if sign * value >= sign * limit else "MISSED"
+        yield f"- {met}: {title}, {what}: {value:.3g} ({wish})"
+
+
+def write(results: dict[str, Measured], out: Path, about: dict[str, Any]) -> None:
+    """Write what was found as Markdown, JSON and PNG, and print the verdicts."""
+    out.mkdir(parents=True, exist_ok=True)
+    said = [line for item in results.items() for line in verdicts(*item)]
+    facts = ", ".join(f"{key}: {value}" for key, value in about.items()) + "."
+    print(facts, *said, sep="\n")
+    tables = [table(title, found) for title, found in results.items()]
+    page = [facts, *tables, "### Figures to reach", "\n".join(said)]
+    (out / "step.md").write_text("\n\n".join(page) + "\n")
+    numbers = {**about, "shapes": {}, "figures to reach": said}
+    for title, found in results.items():
+        numbers["shapes"][title] = {
+            "GB_per_s": {row: bandwidth(found, row) / 1e9 for row in (COPY, SCALE)},
+            "rows": summary(found),
+            "left_out": found.left_out,
+            "versions": found.versions,
+        }
+    (out / "step.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    plot(results).savefig(out / "step.png")
+
+
+def plot(results: dict[str, Measured]) -> Figure:
+    """Draw the ratios as bars, a panel for each set of shapes."""
+    figures = [summary(found) for found in results.values()]
+    names = sorted(
+        {name for rows in figures for name in rows},
+        key=lambda name: np.mean(
+            [np.log(r[name]["ratio"]) for r in figures if name in r]
+        ),
+    )
+    size = (3 + 2.4 * len(figures), 1 + 0.23 * len(names))
+    figure = Figure(size, dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(figures), sharey=True, squeeze=False)[0]
+    for ax, title, rows in zip(panels, results, figures, strict=True):
+        _draw(ax, names, rows)
+        ax.set_title(title, fontsize="medium")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    figure.supxlabel("time of a step, torch's fused SGD = 1", fontsize="medium")
+    patches = [Patch(color=colour, label=label) for colour, label in STYLE.values()]
+    figure.legend(handles=patches, loc="outside upper center", ncols=len(patches))
+    return figure
+
+
+def _draw(ax: Axes, names: list[str], rows: dict[str, dict[str, float]]) -> None:
+    for y, name in enumerate(names):
+        if name in rows:
+            ratio = rows[name]["ratio"]
+            ax.barh(y, ratio, color=STYLE[ROWS[name].kind][0])
+            ax.annotate(
+                f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}",
+                (ratio, y),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize="small",
+            )
+    ax.set_xscale("log")
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.margins(x=0.25, y=0.01)
+    ax.set_xlim(left=min(0.3, 0.5 * min(row["ratio"] for row in rows.values())))
+    ax.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,31 @@
+"""`larskit.lars_update` over a container of NumPy arrays, and such arrays."""
+
+from functools import cache
+
+import numpy as np
+
+from larskit import Container
+from larskit import lars_update as our_lars_update
+from rows import Shapes, Work
+
+Arrays = dict[str, np.ndarray]
+
+
+def weights(shapes: Shapes) -> Arrays:
+    return {name: 5 * g for name, g in gradients(shapes).items()}
+
+
+@cache
+def gradients(shapes: Shapes) -> Arrays:
+    draw = np.random.default_rng(0).standard_normal
+    return {f"p{i}": 0.01 * draw(shape, "float32") for i, shape in enumerate(shapes)}
+
+
+def lars_update(shapes: Shapes, in_place: bool) -> Work:
+    w, g = Container(weights(shapes)), Container(gradients(shapes))
+
+    def step() -> None:
+        nonlocal w
+        w = our_lars_update(w, g, 1e-6, out=w if in_place else None)
+
+    return Work(step)

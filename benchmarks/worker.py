@@ -1,0 +1,122 @@
+"""A process that holds the rows of one environment and steps the one it is told to.
+
+It reads one JSON list a line, ``[command, arguments...]``, and answers each with a line
+of JSON. Between the lines it waits, so that it takes no time from the others. It runs
+in the environments of the peers and needs only NumPy and what its rows are made of.
+"""
+
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rows import ROWS, Work
+
+VISIT = 0.05
+SETTLE = 0.2  # until the threads of a framework have freed what they held
+works: dict[str, Work] = {}
+
+
+def make(row: str, shapes: list[list[int]]) -> str | None:
+    """Make a row ready to step, or say why it cannot be."""
+    try:
+        how = ROWS[row]
+        module = importlib.import_module(f"rows.in_{how.environment}")
+        maker = getattr(module, how.make)
+        works[row] = maker(tuple(map(tuple, shapes)), **how.options)
+    except (ImportError, NotImplementedError) as why:
+        reason = str(why).split(" (/")[0]  # without the path of a file
+        return f"{type(why).__name__}: {reason}"
+    return None
+
+
+def step(row: str) -> float:
+    """Return the seconds of one step.
+
+    A row steps for `VISIT` seconds; the median counts, without the first step, which
+    finds the caches and the threads as the row before left them. A step that takes
+    longer is its own measure.
+    """
+    work, times = works[row], []
+    while sum(times) < VISIT:
+        work.restore()
+        start = time.perf_counter()
+        work.step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:] or times)
+
+
+def peak(row: str) -> int:
+    """Return how many bytes of memory one step takes up beyond what was there before.
+
+    The kernel (Linux) keeps the highest resident size since it was last reset. This
+    sees memory only if earlier steps gave theirs back, see `measure.GIVE_BACK`.
+    """
+    work = works[row]
+    for _ in range(2):
+        work.restore()
+        work.step()
+    work.restore()
+    gc.collect()
+    time.sleep(SETTLE)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    work.step()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no line {name}: this needs Linux")
+
+
+def versions(names: list[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def load_native(path: str) -> None:
+    """Give larskit the kernel that was built for the environment of its development."""
+    spec = importlib.util.spec_from_file_location("larskit._native", path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
+
+
+COMMANDS: dict[str, Any] = {
+    "make": make,
+    "step": step,
+    "peak": peak,
+    "versions": versions,
+}
+
+
+def main() -> None:
+    """Answer until the input ends; what libraries print goes to the error stream."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    for native in sys.argv[1:]:
+        load_native(native)
+    for line in sys.stdin:
+        command, *arguments = json.loads(line)
+        print(json.dumps(COMMANDS[command](*arguments)), file=replies)
+
+
+if __name__ == "__main__":
+    main()
