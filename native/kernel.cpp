@@ -15,9 +15,9 @@ namespace {
 // a layer may hold to be left to one, which then finds it in its own cache.
 constexpr std::int64_t alone = 512 * 1024, whole = 256 * 1024;
 
-// In blocks: what threads take of a larger layer, and what a loop takes while it is in
-// the innermost cache.
-constexpr std::int64_t piece = 128, bite = 8;
+// In blocks: what threads take of a larger layer, and what is moved before it has left the
+// cache, where its result is measured.
+constexpr std::int64_t piece = 64;
 
 std::int64_t blocks(const Layer &layer) {
   return std::max<std::int64_t>(1, (layer.size + block - 1) / block);
@@ -132,8 +132,8 @@ private:
     if (!task.move)
       return;
     wait_for(work_[task.layer].measured);
-    for (std::int64_t last = task.last; last > task.first; last -= bite) {
-      const std::int64_t first = std::max(task.first, last - bite);
+    for (std::int64_t last = task.last; last > task.first; last -= piece) {
+      const std::int64_t first = std::max(task.first, last - piece);
       move(task.layer, first, last);
     }
   }
