@@ -9,6 +9,7 @@
 
 #if !defined(_WIN32)
 #include <pthread.h>
+#include <signal.h>
 #endif
 
 namespace larskit {
@@ -42,6 +43,11 @@ public:
 
 private:
   void work(std::uint64_t seen) {
+#if !defined(_WIN32)
+    sigset_t all; // signals are for the program's own threads
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, nullptr);
+#endif
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       wake_.wait(lock, [&] { return round_ != seen; });

@@ -305,6 +305,13 @@ def test_refuses_wrong_hyperparameters_when_made_and_when_changed(
     np.testing.assert_array_equal(g, 1)
 
 
+def test_copies_after_a_call() -> None:
+    hook = GradientLARS(weight_decay=0.5)
+    hook(None, SimpleNamespace(data=np.ones(2), grad=np.ones(2)))
+    for other in (copy.deepcopy(hook), pickle.loads(pickle.dumps(hook))):
+        assert vars(other) == {"threshold": 1e-2, "weight_decay": 0.5, "eps": 1e-9}
+
+
 def test_a_changed_attribute_counts_from_the_next_call() -> None:
     hook = GradientLARS()
     hook.weight_decay, hook.eps = 0.5, 0.25

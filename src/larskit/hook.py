@@ -77,6 +77,7 @@ class GradientLARS:
     name = "GradientLARS"
     timing = "pre"
     call_for_each_param = True
+    _made: Any = None  # the native engine's rescaler, and what it was made of
 
     def __init__(
         self, threshold: Any = 1e-2, weight_decay: Any = 0.0, eps: Any = 1e-9
@@ -86,7 +87,6 @@ class GradientLARS:
         self.weight_decay = weight_decay
         self.eps = eps
         self._config()
-        self._made: tuple[Any, native.Rescaler] | None = None
 
     def _config(self) -> Config:
         return Config(
@@ -96,6 +96,10 @@ class GradientLARS:
             trust_coefficient=1.0,
             zero_guard=False,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes but for the rescaler, which cannot be copied."""
+        return {name: x for name, x in vars(self).items() if name != "_made"}
 
     def _rescaler(self) -> native.Rescaler:
         """Return the native engine's, made anew where an attribute has changed."""
@@ -120,8 +124,7 @@ class GradientLARS:
             Before anything is written, where the arrays cannot be rescaled.
         """
         w = param.array if hasattr(param, "array") else param.data
-        g = param.grad
-        if w is None or g is None or self._rescaler()(w, g):
+        if w is None or (g := param.grad) is None or self._rescaler()(w, g):
             return
         w, g = stop_gradient(w), stop_gradient(g)
         _check(w, g, "param.data", "param.grad")

@@ -127,10 +127,10 @@ def test_a_signal_in_the_middle_of_an_epoch_saves(few, tmp_path, monkeypatch, nu
 def test_a_second_signal_is_not_held_back():
     before = signal.getsignal(signal.SIGINT)
     with stopping() as caught:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert caught == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
 
