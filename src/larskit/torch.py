@@ -498,6 +498,7 @@ class _Bucket:
         self.weights: list[Tensor] = []  # what this process holds of the parameters
         self.grads: list[Any] = []
         self.buffers: list[Tensor | None] = []
+        self.former: list[Tensor | None] = []  # the buffers before the step
         self.engine: Any = None
         self.native: _native.Group | None = None
         self.states: list[dict[str, Any]] = []  # once they hold the buffers
@@ -513,10 +514,12 @@ class _Bucket:
         if self.sharded:
             if grad.placements != p.placements:  # sums that are not complete, say
                 grad = grad.redistribute(placements=p.placements)
-            grad, buffer = (None if x is None else x.to_local() for x in (grad, buffer))
+            grad = grad.to_local().contiguous()  # an uneven shard may have gaps
+            buffer = buffer if buffer is None else buffer.to_local()
         self.weights.append(p.to_local() if self.sharded else p)
         self.grads.append(grad)
         self.buffers.append(buffer)
+        self.former.append(buffer)
 
     def take(self, config: Config) -> None:
         """Take the configuration of the parameter group."""
@@ -525,7 +528,7 @@ class _Bucket:
 
     def measured(self) -> Iterator[tuple[Any, Tensor]]:
         """Yield each sharded parameter, and what is measured of it beside itself."""
-        rows = zip(self.params, self.weights, self.grads, self.buffers, strict=True)
+        rows = zip(self.params, self.weights, self.grads, self.former, strict=True)
         for p, w, g, v in rows if self.sharded else ():
             yield p, rule.measured(w, g, v, self.config)
 
