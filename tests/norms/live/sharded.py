@@ -1,7 +1,7 @@
 """Steps sharded layers in several processes, and the same layers whole in one of them.
 
-Run by test_dtensor.py through torchrun. The first process writes a JSON object: for each
-case the parameters that differ, and the collectives of one step.
+Run by test_dtensor.py through torchrun. The first process writes a JSON object: for
+each case the parameters that differ, and the collectives of one step.
 """
 
 import json
