@@ -1,6 +1,6 @@
 """LARS as a `torch.optim.Optimizer`."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from operator import is_
@@ -16,6 +16,7 @@ except ModuleNotFoundError as why:
 from torch import Tensor
 
 from larskit import config as _config
+from larskit import rule
 from larskit.arrays import check_floating
 from larskit.config import Config, Denominator, LrPlacement, OnNonfinite, check_lr
 from larskit.engines import foreach as _foreach
@@ -378,6 +379,7 @@ class _Plan:
         self._buckets: list[_Bucket] = []
         self._idle: list[Tensor] = []  # without a gradient
         self._params: list[Tensor] = []
+        self._sharded: list[Any] = []
         self._states: list[Any] = []
         self._switches: list[Any] = []
         self._values: list[Any] = []
@@ -395,9 +397,31 @@ class _Plan:
         if not fits:
             self._sort(groups, state)
         for bucket in self._buckets:
-            bucket.step_(groups[bucket.index], self._configs[bucket.index], state)
+            bucket.take(self._configs[bucket.index])
+        self._measure_sharded()
+        for bucket in self._buckets:
+            bucket.step_(groups[bucket.index], state)
         if not fits:
             self._states = [*state.values()]
+
+    def _measure_sharded(self) -> None:
+        """Give the buckets of sharded layers the lengths of the whole layers.
+
+        All of them take part, also those without a gradient in this process.
+        """
+        if not self._sharded:
+            return
+        from larskit.norms import dtensor
+
+        layers = self._sharded
+        measured = {p: x for b in self._buckets for p, x in b.measured()}
+        shards = [p.to_local() for p in layers], [measured.get(p) for p in layers]
+        found = dtensor.lengths([*shards[0], *shards[1]], layers * 2, _lengths)
+        rows = {p: row for row, p in enumerate(layers)}
+        for bucket in self._buckets:
+            if bucket.sharded:
+                own = torch.tensor([rows[p] for p in bucket.params])
+                bucket.norms = found[own], found[own + len(layers)]
 
     def lengths(self) -> dict[str, Lengths]:
         found = {}
@@ -435,14 +459,16 @@ class _Plan:
                     continue
                 name = _name(index, group, row)
                 _check_dense(p.grad, name)
-                key = index, p.device, p.dtype, p.grad.dtype, adapt, decay
+                sharded = _is_sharded(p)
+                key = index, p.device, p.dtype, p.grad.dtype, adapt, decay, sharded
                 if key not in buckets:
-                    buckets[key] = _Bucket(index, adapt, decay)
+                    buckets[key] = _Bucket(index, adapt, decay, sharded)
                 buckets[key].add(name, p, _buffer(state, p))
         for bucket in buckets.values():
             bucket.choose_engine(groups[bucket.index], self._buckets)
         self._buckets, self._idle = list(buckets.values()), idle
         self._params = [p for group in groups for p in group["params"]]
+        self._sharded = [p for p in self._params if _is_sharded(p)]
         self._switches = [_switches(group) for group in groups]
 
 
@@ -463,29 +489,57 @@ def _name(index: int, group: dict[str, Any], row: int) -> str:
 class _Bucket:
     """Layers of one device, dtype and kind, and what a step measured of them."""
 
-    def __init__(self, index: int, adapt: bool, decay: bool) -> None:
+    def __init__(self, index: int, adapt: bool, decay: bool, sharded: bool) -> None:
         self.index = index  # of the parameter group
         self.flags = {"adapt": adapt, "decay": decay}
+        self.sharded = sharded
         self.names: list[str] = []
-        self.params: list[Tensor] = []
+        self.params: list[Any] = []
+        self.weights: list[Tensor] = []  # what this process holds of the parameters
         self.grads: list[Any] = []
         self.buffers: list[Tensor | None] = []
+        self.former: list[Tensor | None] = []  # the buffers before the step
         self.engine: Any = None
         self.native: _native.Group | None = None
         self.states: list[dict[str, Any]] = []  # once they hold the buffers
         self.given: Any = None
         self.config: Any = None
+        self.norms: Any = None
         self.found: Any = None
 
-    def add(self, name: str, p: Tensor, buffer: Tensor | None) -> None:
+    def add(self, name: str, p: Any, buffer: Any) -> None:
         self.names.append(name)
         self.params.append(p)
-        self.grads.append(p.grad)
+        grad = p.grad
+        if self.sharded:
+            if grad.placements != p.placements:  # sums that are not complete, say
+                grad = grad.redistribute(placements=p.placements)
+            grad = grad.to_local().contiguous()  # an uneven shard may have gaps
+            buffer = buffer if buffer is None else buffer.to_local()
+        self.weights.append(p.to_local() if self.sharded else p)
+        self.grads.append(grad)
         self.buffers.append(buffer)
+        self.former.append(buffer)
+
+    def take(self, config: Config) -> None:
+        """Take the configuration of the parameter group."""
+        if config is not self.given:
+            self.given, self.config = config, replace(config, **self.flags)
+
+    def measured(self) -> Iterator[tuple[Any, Tensor]]:
+        """Yield each sharded parameter, and what is measured of it beside itself."""
+        rows = zip(self.params, self.weights, self.grads, self.former, strict=True)
+        for p, w, g, v in rows if self.sharded else ():
+            yield p, rule.measured(w, g, v, self.config)
 
     def choose_engine(self, group: dict[str, Any], former: "list[_Bucket]") -> None:
         """Choose as the group's switches say; `former` buckets may know lengths."""
         foreach, fused, carry = (group[name] for name in _ENGINES)
+        if carry and self.sharded:
+            raise RuntimeError(
+                "carry_norms=True is not for sharded parameters, whose lengths the "
+                "processes find together: leave it away"
+            )
         if fused or (fused is None and foreach is None):
             try:
                 self._go_native(group["momentum"] != 0, former if carry else [])
@@ -498,14 +552,15 @@ class _Bucket:
                     ) from None
         plain = {torch.Tensor, torch.nn.Parameter}
         if foreach is None:
-            foreach = all(type(p) in plain for p in self.params)
+            foreach = all(type(w) in plain for w in self.weights)
         self.engine = _foreach if foreach else _reference
 
     def _go_native(self, keep: bool, former: "list[_Bucket]") -> None:
-        kept = _native.kept_buffers(self.params, self.buffers, keep)
-        columns = self.params, self.grads, self.buffers
+        kept = _native.kept_buffers(self.weights, self.buffers, keep)
+        columns = self.weights, self.grads, self.buffers
         self.native = _native.Group(*columns, new_buffers=kept)
-        self.native.remember()
+        if not self.sharded:
+            self.native.remember()
         self.buffers = kept
         for bucket in former:
             if bucket.native is not None:
@@ -513,8 +568,10 @@ class _Bucket:
 
     def aim(self) -> bool:
         """Whether the native engine can go on, with the gradients that are here now."""
+        if self.native is None or self.sharded:
+            return False
         self.grads = [p.grad for p in self.params]
-        if self.native is None or not self.native.aim(self.grads):
+        if not self.native.aim(self.grads):
             return False
         now = [state.get("momentum_buffer") for state in self.states]
         return all(map(is_, now, self.buffers))
@@ -524,25 +581,49 @@ class _Bucket:
         """What the last step measured."""
         return self.found if self.native is None else self.native.lengths
 
-    def step_(self, group: dict[str, Any], config: Config, state: Any) -> None:
+    def step_(self, group: dict[str, Any], state: Any) -> None:
         """Move the layers and keep their buffers in `state`."""
-        if config is not self.given:
-            self.given, self.config = config, replace(config, **self.flags)
         lr, carry = group["lr"], group["carry_norms"]
         if self.native is not None:
-            self.native.step_(lr, self.config, carry=carry)
+            self.native.step_(lr, self.config, self.norms, carry=carry)
         else:
-            weights = [p.detach() for p in self.params]
+            weights = [w.detach() for w in self.weights]
             columns = weights, self.grads, self.buffers
-            self.found = self.engine.step_(*columns, lr, self.config)
+            self.found = self.engine.step_(*columns, lr, self.config, self.norms)
         self.grads = []
         if self.states:
             return
         for p, buffer in zip(self.params, self.buffers, strict=True):
             if buffer is not None:
-                state[p]["momentum_buffer"] = buffer
+                state[p]["momentum_buffer"] = self._like(p, buffer)
         if self.native is not None:
             self.states = [state.get(p, _NOTHING) for p in self.params]
+
+    def _like(self, p: Any, buffer: Tensor) -> Tensor:
+        """Return a buffer as a tensor of the parameter's own kind."""
+        if not self.sharded:
+            return buffer
+        whole = {"shape": p.shape, "stride": p.stride()}
+        return type(p.data).from_local(
+            buffer, p.device_mesh, p.placements, run_check=False, **whole
+        )
+
+
+def _is_sharded(p: Any) -> bool:
+    return type(p).__name__ == "DTensor"
+
+
+def _lengths(tensors: list[Tensor]) -> Tensor:
+    """Return the lengths of tensors of several dtypes, as the engines find them."""
+    found = torch.empty(len(tensors), dtype=torch.float64, device=tensors[0].device)
+    for dtype in {x.dtype for x in tensors}:
+        rows = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+        own = [tensors[i] for i in rows]
+        try:
+            found[rows] = _native.lengths(own)
+        except _native.Unfit:
+            found[rows] = _foreach.lengths(own)
+    return found
 
 
 def _config_of(group: dict[str, Any]) -> Config:
@@ -640,11 +721,16 @@ def _check_group(group: dict[str, Any]) -> None:
             )
 
 
-def _check_parameters(params: list[Tensor]) -> None:
+def _check_parameters(params: list[Any]) -> None:
     for i, p in enumerate(params):
         check_floating(p, f"parameter {i}")
-        if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
-            raise NotImplementedError(
-                f"parameter {i} is a DTensor: the length of a sharded layer is not in "
-                "this version of larskit; use DistributedDataParallel"
+        if type(p).__name__ == "FlatParameter":
+            raise TypeError(
+                f"parameter {i} is a FlatParameter of FSDP1, in which layers lie end "
+                "to end, so that none has its own length: use fully_shard (FSDP2)"
+            )
+        if _is_sharded(p) and any(x.is_partial() for x in p.placements):
+            raise TypeError(
+                f"parameter {i} is a DTensor placed as {p.placements}: a sum that is "
+                "not complete has no length; shard or replicate it"
             )

@@ -1,0 +1,85 @@
+"""The lengths of torch's sharded layers, with one all-reduce for a whole mesh.
+
+Every process adds up the squares of its own shards. A layer has a slot of its own in
+what is reduced, whether this process holds something of it or not.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from larskit.arrays import norm_dtype
+
+
+def lengths(
+    shards: Sequence[Tensor | None],
+    layers: Sequence[DTensor],
+    local: Callable[[list[Tensor]], Tensor],
+) -> Tensor:
+    """Return the length of each layer, as a wide 1-d tensor.
+
+    Parameters
+    ----------
+    shards : sequence of Tensor or None
+        What this process holds of what is measured, placed as the layer is; None counts
+        as zeros.
+    layers : sequence of DTensor
+        The parameters that the shards belong to, in the same order on every process.
+    local : callable
+        An engine's ``lengths``, for the shards.
+    """
+    like = layers[0].to_local()
+    dtype = getattr(torch, norm_dtype(like))
+    found = torch.zeros(len(layers), dtype=dtype, device=like.device)
+    for mesh in dict.fromkeys(layer.device_mesh for layer in layers):
+        rows = [i for i, layer in enumerate(layers) if layer.device_mesh == mesh]
+        found[rows] = _of_mesh(mesh, rows, shards, layers, local, found)
+    return found
+
+
+def _of_mesh(
+    mesh: DeviceMesh, rows: list[int], shards: Any, layers: Any, local: Any, like: Any
+) -> Tensor:
+    sharded = {
+        dim
+        for i in rows
+        for dim, placement in enumerate(layers[i].placements)
+        if placement.is_shard()
+    }
+    squares = like.new_zeros(len(rows))
+    mine = [
+        k
+        for k, i in enumerate(rows)
+        if shards[i] is not None and _is_counted_here(layers[i], sharded)
+    ]
+    if mine:
+        squares[mine] = local([shards[rows[k]] for k in mine]) ** 2
+    for group in _groups(mesh, tuple(sorted(sharded))):
+        dist.all_reduce(squares, group=group)
+    return squares.sqrt()
+
+
+def _is_counted_here(layer: DTensor, sharded: set[int]) -> bool:
+    """Whether this process is the first of those that hold the same shard."""
+    here = layer.device_mesh.get_coordinate()
+    return here is not None and all(
+        placement.is_shard() or here[dim] == 0
+        for dim, placement in enumerate(layer.placements)
+        if dim in sharded
+    )
+
+
+@cache
+def _groups(mesh: DeviceMesh, dims: tuple[int, ...]) -> list[Any]:
+    """Return the processes to sum over: one group, unless the mesh has no names."""
+    names = mesh.mesh_dim_names
+    if len(dims) < 2 or names is None:
+        return [mesh.get_group(dim) for dim in dims]
+    part = mesh if len(dims) == mesh.ndim else mesh[tuple(names[dim] for dim in dims)]
+    return [part._flatten().get_group()]

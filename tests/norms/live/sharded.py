@@ -1,0 +1,178 @@
+"""Steps sharded layers in several processes, and the same layers whole in one of them.
+
+Run by test_dtensor.py through torchrun. The first process writes a JSON object: for
+each case the parameters that differ, and the collectives of one step.
+"""
+
+import json
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.debug import CommDebugMode
+
+from larskit.torch import LARS
+
+SHAPES = [(65, 8), (8, 33), (7,), (1,), (3, 2), (1, 1, 1), (130, 130)]
+OPTIONS = {
+    "paper": {},
+    "decayed": {"denominator": "decayed_gradient", "nesterov": True},
+    "momentum": {"denominator": "momentum", "lr_placement": "outside"},
+    "outside": {"denominator": "gradient", "lr_placement": "outside", "clip": True},
+}
+ENGINES = {
+    "native": {"fused": True},
+    "reference": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True},
+}
+R, S0, S1 = Replicate(), Shard(0), Shard(1)
+# For a weight and for what has one dimension; None: a plain tensor.
+PLACEMENTS = {
+    2: {
+        "rows": ((2,), [S0], [S0]),
+        "columns": ((2,), [S1], [S0]),
+        "some replicated": ((2,), [S0], [R]),
+        "all replicated": ((2,), [R], [R]),
+        "some plain": ((2,), [S1], None),
+    },
+    4: {
+        "rows": ((4,), [S0], [S0]),
+        "replicas of shards": ((2, 2), [R, S0], [R, S0]),
+        "rows and columns": ((2, 2), [S0, S1], [S0, R]),
+        "rows and replicas": ((2, 2), [S0, R], [R, S0]),
+    },
+}
+
+
+def full(step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+def train(params: list[Any], place: Any, options: Any) -> tuple[Any, dict[str, int]]:
+    """Take ten steps; the third parameter has no gradient in the third."""
+    optimizer = LARS(params, 1.0, weight_decay=0.01, trust_coefficient=0.1, **options)
+    counts: dict[str, int] = {}
+    for step in range(1, 11):
+        optimizer.param_groups[0]["lr"] = 1.0 / step
+        for i, (p, g) in enumerate(zip(params, full(step), strict=True)):
+            p.grad = None if (i, step) == (2, 3) else place(p, g)
+        with CommDebugMode() as comm:
+            optimizer.step()
+        counts = {str(k): v for k, v in comm.get_comm_counts().items() if v}
+    return optimizer, counts
+
+
+def alone(options: Any) -> Any:
+    params = [nn.Parameter(x) for x in full(0)]
+    optimizer, _ = train(params, lambda p, g: g, options)
+    return params, [optimizer.state[p]["momentum_buffer"] for p in params]
+
+
+def case(sizes: Any, weight: Any, bias: Any, partial: bool, options: Any) -> Any:
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("a", "b")[: len(sizes)])
+    placements = [weight if len(shape) > 1 else bias for shape in SHAPES]
+    params = [
+        nn.Parameter(x if how is None else distribute_tensor(x, mesh, how))
+        for x, how in zip(full(0), placements, strict=True)
+    ]
+
+    def place(p: Any, g: Any) -> Any:
+        if not isinstance(p, DTensor):
+            return g
+        if partial:
+            mine = g if dist.get_rank() == 0 else torch.zeros_like(g)
+            sums = [Partial()] * mesh.ndim
+            return DTensor.from_local(mine, mesh, sums, run_check=False)
+        return distribute_tensor(g, mesh, p.placements)
+
+    optimizer, counts = train(params, place, options)
+    buffers = [optimizer.state[p]["momentum_buffer"] for p in params]
+    for p, v in zip(params, buffers, strict=True):
+        assert type(v) is (DTensor if isinstance(p, DTensor) else torch.Tensor)
+        if isinstance(p, DTensor):
+            assert v.placements == p.placements
+            assert (v.shape, v.stride()) == (p.shape, p.stride())
+    return [whole(x) for x in params], [whole(x) for x in buffers], counts
+
+
+def whole(x: Any) -> torch.Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def differing(ours: Any, theirs: Any, exact: bool) -> list[int]:
+    pairs = zip(ours, theirs, strict=True)
+    if exact:
+        return [i for i, (a, b) in enumerate(pairs) if not torch.equal(a, b)]
+    return [i for i, (a, b) in enumerate(pairs) if not torch.allclose(a, b, rtol=1e-5)]
+
+
+def fsdp2(options: Any) -> Any:
+    """A real module under fully_shard, on equal batches; against the module alone."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 33), nn.ReLU(), nn.Linear(33, 3))
+
+    found = []
+    for sharded in (True, False):
+        net = build()
+        if sharded:
+            for layer in (net[0], net[2], net):
+                fully_shard(layer)
+        optimizer = LARS(net.named_parameters(), 1.0, trust_coefficient=0.1, **options)
+        for step in range(5):
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+            net(x).square().mean().backward()
+            with CommDebugMode() as comm:
+                optimizer.step()
+            optimizer.zero_grad()
+            if sharded:
+                counts = {str(k): v for k, v in comm.get_comm_counts().items() if v}
+        found.append([whole(p).detach() for p in net.parameters()])
+    return differing(*found, exact=False), counts
+
+
+def main() -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    for name, (sizes, weight, bias) in PLACEMENTS[dist.get_world_size()].items():
+        for kind, options in OPTIONS.items():
+            for engine, switches in ENGINES.items():
+                every = {**options, **switches}
+                expected = alone(every)
+                for partial in (False, True):
+                    *found, counts = case(sizes, weight, bias, partial, every)
+                    results[f"{name}, {kind}, {engine}, partial {partial}"] = {
+                        "weights": differing(found[0], expected[0], exact=True),
+                        "buffers": differing(found[1], expected[1], exact=True),
+                        "collectives": counts,
+                    }
+    for engine, switches in ENGINES.items():
+        differ, counts = fsdp2(switches)
+        results[f"fully_shard, {engine}"] = {
+            "weights": differ,
+            "buffers": [],
+            "collectives": counts,
+        }
+    if dist.get_rank() == 0:
+        with open(sys.argv[1], "w") as file:
+            json.dump(results, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
