@@ -84,7 +84,7 @@ def alone(options: Any) -> Any:
 def case(sizes: Any, weight: Any, bias: Any, partial: bool, options: Any) -> Any:
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("a", "b")[: len(sizes)])
     placements = [weight if len(shape) > 1 else bias for shape in SHAPES]
-    params = [
+    params: list[Any] = [
         nn.Parameter(x if how is None else distribute_tensor(x, mesh, how))
         for x, how in zip(full(0), placements, strict=True)
     ]
@@ -122,11 +122,11 @@ def differing(ours: Any, theirs: Any, exact: bool) -> list[int]:
 def fsdp2(options: Any) -> Any:
     """A real module under fully_shard, on equal batches; against the module alone."""
 
-    def build() -> nn.Module:
+    def build() -> Any:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(8, 33), nn.ReLU(), nn.Linear(33, 3))
 
-    found = []
+    found, counts = [], {}
     for sharded in (True, False):
         net = build()
         if sharded:
