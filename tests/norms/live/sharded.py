@@ -99,7 +99,7 @@ def case(sizes: Any, weight: Any, bias: Any, partial: bool, options: Any) -> Any
         return distribute_tensor(g, mesh, p.placements)
 
     optimizer, counts = train(params, place, options)
-    buffers = [optimizer.state[p]["momentum_buffer"] for p in params]
+    buffers: list[Any] = [optimizer.state[p]["momentum_buffer"] for p in params]
     for p, v in zip(params, buffers, strict=True):
         assert type(v) is (DTensor if isinstance(p, DTensor) else torch.Tensor)
         if isinstance(p, DTensor):
