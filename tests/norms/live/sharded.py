@@ -99,9 +99,9 @@ def case(sizes: Any, weight: Any, bias: Any, partial: bool, options: Any) -> Any
         return distribute_tensor(g, mesh, p.placements)
 
     optimizer, counts = train(params, place, options)
-    buffers: list[Any] = [optimizer.state[p]["momentum_buffer"] for p in params]
+    buffers: Any = [optimizer.state[p]["momentum_buffer"] for p in params]
     for p, v in zip(params, buffers, strict=True):
-        assert type(v) is (DTensor if isinstance(p, DTensor) else torch.Tensor)
+        assert isinstance(v, DTensor) == isinstance(p, DTensor)
         if isinstance(p, DTensor):
             assert v.placements == p.placements
             assert (v.shape, v.stride()) == (p.shape, p.stride())
