@@ -97,8 +97,10 @@ class LARS(torch.optim.Optimizer):
     -----
     ``p.grad`` is never changed, and `step` never waits for the device. Everything but
     the reserved arguments can differ between parameter groups. The state of a
-    parameter is its ``momentum_buffer``. A training step under `torch.compile` calls
-    `step` between two graphs, on the same engine as ever.
+    parameter is its ``momentum_buffer``, a tensor of the parameter's own kind: of
+    parameters that are sharded (DTensor) it is a DTensor, and the processes find the
+    lengths of the whole layers together, in one all-reduce a step. A training step
+    under `torch.compile` calls `step` between two graphs, on the same engine as ever.
 
     References
     ----------
