@@ -18,7 +18,7 @@ def results(request, tmp_path_factory):
     file = tmp_path_factory.mktemp("sharded") / "results.json"
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
     command = [sys.executable, "-m", *launcher, str(request.param), PROGRAM, file]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(file.read_text())
 

@@ -146,7 +146,7 @@ def fsdp2(options: Any) -> Any:
 
 
 def main() -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for name, (sizes, weight, bias) in PLACEMENTS[dist.get_world_size()].items():
