@@ -124,14 +124,22 @@ def test_a_signal_in_the_middle_of_an_epoch_saves(few, tmp_path, monkeypatch, nu
     assert metrics.read_bytes() == (through / "metrics.jsonl").read_bytes()
 
 
+@pytest.fixture
+def interruptible():
+    """Let Ctrl-C interrupt, which a shell forbids to what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_is_not_held_back():
-    before = signal.getsignal(signal.SIGINT)
     with stopping() as caught:
         signal.raise_signal(signal.SIGINT)
         assert caught == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_resuming_a_finished_training_changes_nothing(copy):
