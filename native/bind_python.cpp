@@ -313,6 +313,7 @@ NB_MODULE(_native, m) {
       .def("rescale", &Group::rescale)
       .def("measure", &Group::measure);
   m.def("rescale_array", &rescale_array);
+  m.attr("alone") = alone;
   m.def("end", &end);
   m.def("variant", [] {
     return std::string(loops(Dtype::float32, Dtype::float32).name);

@@ -11,9 +11,9 @@
 namespace larskit {
 namespace {
 
-// In elements: what a group must hold to be worth the waking of a second thread, and what
-// a layer may hold to be left to one, which then finds it in its own cache.
-constexpr std::int64_t alone = 512 * 1024, whole = 256 * 1024;
+// In elements: what a layer may hold to be left to one thread, which then finds it in its
+// own cache.
+constexpr std::int64_t whole = 256 * 1024;
 
 // In blocks: what threads take of a larger layer, and what is moved before it has left the
 // cache, where its result is measured.

@@ -28,6 +28,9 @@ struct Layer {
   std::int64_t size;
 };
 
+// What a group must hold, in elements, to be worth the waking of a second thread.
+constexpr std::int64_t alone = 512 * 1024;
+
 // What is known of a layer, and after a step all of it; negative while unknown.
 struct Lengths {
   double weight, denominator, ratio, result;

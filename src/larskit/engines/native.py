@@ -32,7 +32,6 @@ _DTYPES = {
 }
 _FLAGS = ("nesterov", "clip", "adapt", "maximize", "zero_guard")
 _NUMBERS = ("momentum", "trust_coefficient", "eps", "dampening", "threshold")
-_LARGE = 2**19  # elements, below which the kernel stays with one thread
 _UNKNOWN = -1.0  # of a length, in the kernel's table
 
 
@@ -314,7 +313,7 @@ class Rescaler:
         if self._options is None or type(w) is not np.ndarray or type(g) is not type(w):
             return False
         assert _native is not None
-        count = threads() if w.size > _LARGE else 1
+        count = 1 if w.size < _native.alone else threads()
         return _native.rescale_array(self._options, w, g, count)
 
 
