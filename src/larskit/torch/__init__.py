@@ -1,0 +1,14 @@
+"""LARS for PyTorch: the optimizer, the groups of a model, the step in backward."""
+
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError as why:
+    raise ImportError(
+        "larskit.torch needs PyTorch: pip install 'larskit[torch]'"
+    ) from why
+
+from larskit.torch.backward import StepInBackward, step_in_backward
+from larskit.torch.groups import param_groups
+from larskit.torch.optimizer import LARS
+
+__all__ = ["LARS", "StepInBackward", "param_groups", "step_in_backward"]
