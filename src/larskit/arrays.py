@@ -20,7 +20,12 @@ _WIDE = {
     "complex64": "complex64",
     "complex128": "complex128",
 }
-_SHIMS = {"tensorflow": ("Tensor", "Variable"), "paddle": ("Tensor",)}
+_SHIMS = ("tensorflow", "paddle")
+_KINDS = {
+    "tensorflow": ("Tensor", "Variable"),
+    "paddle": ("Tensor",),
+    "torch": ("Tensor",),
+}
 _FAMILY = {"jaxlib": "jax", "flax": "jax"}
 
 
@@ -30,10 +35,16 @@ def framework(x: Any) -> str:
     A subclass (``torch.nn.Parameter``, a TensorFlow variable, a JAX tracer) counts as
     its base class.
     """
-    return _framework(type(x))
+    kind = type(x)
+    if kind not in _frameworks:
+        _frameworks[kind] = _framework(kind)
+    return _frameworks[kind]
 
 
-@cache
+# A dict and no cache, because torch.compile looks into it without a warning.
+_frameworks: dict[type, str] = {}
+
+
 def _framework(kind: type) -> str:
     roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
     roots = [_FAMILY.get(root, root) for root in roots]
@@ -44,8 +55,8 @@ def _framework(kind: type) -> str:
 def is_array(x: Any) -> bool:
     """Whether `x` is a dense array of a framework that `namespace` knows."""
     name = framework(x)
-    if name in _SHIMS:
-        kinds = tuple(getattr(sys.modules[name], kind) for kind in _SHIMS[name])
+    if name in _KINDS:
+        kinds = tuple(getattr(sys.modules[name], kind) for kind in _KINDS[name])
         return isinstance(x, kinds)
     return array_api_compat.is_array_api_obj(x)
 
@@ -55,6 +66,10 @@ def namespace(x: Any) -> Any:
     name = framework(x)
     if name in _SHIMS:
         return _shim(name)
+    if name == "torch":
+        from array_api_compat import torch as xp
+
+        return xp
     try:
         return array_api_compat.array_namespace(x)
     except TypeError as why:
@@ -139,7 +154,7 @@ def norm_dtype(x: Any) -> str:
 
 def scalar(value: Any, like: Any) -> Any:
     """Return `value` ready to multiply `like`: a number as it is, an array 0-d."""
-    if not is_array(value):
+    if isinstance(value, (int, float)) or not is_array(value):
         return value
     value = namespace(value).reshape(value, ())
     if framework(value) != framework(like):

@@ -20,7 +20,7 @@ Tensors = list[Tensor]
 def lengths(arrays: Tensors) -> Tensor:
     """Return the length of each tensor, as a wide 1-d tensor."""
     dtype = getattr(torch, norm_dtype(arrays[0]))
-    return torch.stack(torch._foreach_norm(arrays, 2, dtype))
+    return torch.stack(torch._foreach_norm(_real(arrays), 2, dtype))
 
 
 def step_(

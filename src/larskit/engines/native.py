@@ -247,9 +247,12 @@ class Group:
         """What the last step measured."""
         return Lengths(*_columns(self._measured)[:3])
 
-    def rescale_(self, config: Config) -> None:
+    def rescale_(self, config: Config, norms: tuple[Any, Any] | None = None) -> None:
         """Write the rescaled gradients, see `larskit.rule.scaled_gradient`."""
-        self._run(self._kernel.rescale, self._table(), 0.0, config)
+        table = self._table()
+        if norms is not None:
+            table[:, 0], table[:, 1] = norms
+        self._run(self._kernel.rescale, table, 0.0, config)
 
     def measure(self) -> Any:
         """Return the lengths of the weights, as a wide 1-d array."""
@@ -257,6 +260,17 @@ class Group:
         table[:, 1] = 0.0  # which is not asked for
         self._run(self._kernel.measure, table, 0.0, Config())
         return _columns(table)[0]
+
+    def norms(self, config: Config) -> tuple[Any, Any]:
+        """Return the lengths of the weights and of what is measured beside them.
+
+        The step is still to be taken.
+        """
+        table = self._table()
+        if self._carried is not None:
+            table[:, 0] = self._still_known()
+        self._call(self._kernel.measure, table, 0.0, config)
+        return _columns(table)[:2]
 
     def take_over(self, other: "Group") -> None:
         """Keep the lengths that another group of some of the same weights carries."""
@@ -290,12 +304,17 @@ class Group:
     def _run(
         self, kernel: Any, table: Any, lr: Any, config: Config, carry: bool = False
     ) -> None:
-        assert self._gradients is not None, "a group steps once along its gradients"
-        options = _options(self._dtypes, lr, config, carry)
-        kernel(options, _address(table), self._threads or threads(self.weights[0]))
+        self._call(kernel, table, lr, config, carry)
         self._gradients = None
         if not self._numpy:  # autograd shall see what changed behind its back
             sys.modules["torch"].autograd.graph.increment_version(self._written)
+
+    def _call(
+        self, kernel: Any, table: Any, lr: Any, config: Config, carry: bool = False
+    ) -> None:
+        assert self._gradients is not None, "a group steps once along its gradients"
+        options = _options(self._dtypes, lr, config, carry)
+        kernel(options, _address(table), self._threads or threads(self.weights[0]))
 
 
 class Rescaler:

@@ -43,6 +43,34 @@ def lengths(
     return found
 
 
+def shard(x: DTensor, layer: DTensor) -> Tensor:
+    """Return what this process holds of `x`, added up and placed as `layer` is.
+
+    Raises
+    ------
+    TypeError
+        If `x` is not a DTensor on the mesh of `layer`.
+    """
+    if not isinstance(x, DTensor) or x.device_mesh != layer.device_mesh:
+        kind = f"on {x.device_mesh}" if isinstance(x, DTensor) else "no DTensor"
+        raise TypeError(
+            f"a gradient of the shape {tuple(x.shape)} is {kind}, but its parameter a "
+            f"DTensor on {layer.device_mesh}: distribute the gradient as the parameter "
+            "is, with distribute_tensor(g, p.device_mesh, p.placements)"
+        )
+    if x.placements != layer.placements:
+        x = x.redistribute(placements=layer.placements)
+    return x.to_local().contiguous()  # an uneven shard may have gaps
+
+
+def assemble(shard: Tensor, layer: DTensor) -> DTensor:
+    """Return the tensor, placed as `layer` is, of which this process holds `shard`."""
+    whole = {"shape": layer.shape, "stride": layer.stride()}
+    return DTensor.from_local(
+        shard, layer.device_mesh, layer.placements, run_check=False, **whole
+    )
+
+
 def _of_mesh(
     mesh: DeviceMesh, rows: list[int], shards: Any, layers: Any, local: Any, like: Any
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""LARS for PyTorch: the optimizer, the groups of a model, the step in backward."""
+"""LARS for PyTorch: the optimizer, and what helps to use it."""
 
 try:
     import torch  # noqa: F401
@@ -8,7 +8,14 @@ except ModuleNotFoundError as why:
     ) from why
 
 from larskit.torch.backward import StepInBackward, step_in_backward
+from larskit.torch.foreign import convert_state_dict
 from larskit.torch.groups import param_groups
 from larskit.torch.optimizer import LARS
 
-__all__ = ["LARS", "StepInBackward", "param_groups", "step_in_backward"]
+__all__ = [
+    "LARS",
+    "StepInBackward",
+    "convert_state_dict",
+    "param_groups",
+    "step_in_backward",
+]

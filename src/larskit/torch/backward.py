@@ -8,7 +8,7 @@ from torch import Tensor
 
 from larskit.rule import Lengths
 from larskit.torch.optimizer import LARS
-from larskit.torch.plan import PER_LAYER, Plan, name_of
+from larskit.torch.plan import PER_LAYER, Plan, name_of, policy_of
 
 
 class StepInBackward:
@@ -107,10 +107,10 @@ def step_in_backward(optimizer: LARS) -> StepInBackward:
     TypeError
         If it is another optimizer.
     RuntimeError
-        If it steps in backward already, holds gradients, or several processes train: a
-        gradient would be used before they have averaged it. From the backward pass, for
-        a second gradient before `LARS.step` (accumulation); from `LARS.step`, for a
-        closure.
+        If it steps in backward already, holds gradients, leaves steps out (see
+        `on_nonfinite`), or several processes train: a gradient would be used before
+        they have averaged it. From the backward pass, for a second gradient before
+        `LARS.step` (accumulation); from `LARS.step`, for a closure.
 
     Notes
     -----
@@ -140,6 +140,11 @@ def step_in_backward(optimizer: LARS) -> StepInBackward:
         raise RuntimeError(
             "there are gradients that no step has used: call optimizer.step() or "
             "optimizer.zero_grad() first"
+        )
+    if (policy := policy_of(optimizer.param_groups)) != "propagate":
+        raise RuntimeError(
+            f"on_nonfinite={policy!r} decides over a whole step, but each parameter "
+            "moves before the next gradient is known: use on_nonfinite='propagate'"
         )
     if (processes := _processes()) > 1:
         raise RuntimeError(

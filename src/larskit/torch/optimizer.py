@@ -1,6 +1,6 @@
 """LARS as a `torch.optim.Optimizer`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,27 +8,17 @@ from torch import Tensor
 
 from larskit import config as _config
 from larskit.arrays import check_floating
-from larskit.config import Config, Denominator, LrPlacement, OnNonfinite
+from larskit.config import Config, Denominator, LrPlacement, OnNonfinite, check_lr
 from larskit.rule import Lengths
 from larskit.select import Selection, check_matched, select
-from larskit.torch.plan import (
-    ENGINES,
-    PER_GROUP,
-    PER_LAYER,
-    Plan,
-    config_of,
-    is_sharded,
-)
+from larskit.torch import foreign
+from larskit.torch.bucket import NARROW, SWITCHES, is_sharded
+from larskit.torch.plan import PER_GROUP, PER_LAYER, Plan, config_of, policy_of
 
 if TYPE_CHECKING:
     from larskit.torch.backward import StepInBackward
 
-_LATER = {
-    "on_nonfinite": "propagate",
-    "capturable": False,
-    "differentiable": False,
-    "master_weights": False,
-}
+_SWITCHES = (*SWITCHES, "on_nonfinite", "master_weights")
 
 
 class LARS(torch.optim.Optimizer):
@@ -73,24 +63,42 @@ class LARS(torch.optim.Optimizer):
         a pass over memory less. It demands the native engine. Weights that something
         else writes are measured anew, but for what edits them through ``.data``, which
         nothing can see: call ``torch.autograd.graph.increment_version(p)`` after such.
-    on_nonfinite, capturable, differentiable, master_weights
-        Reserved. Anything but the default is refused.
+    on_nonfinite : {"propagate", "skip", "raise"}
+        What to do where the length of a layer is NaN or infinite: let it show
+        (default), leave the whole step out, or raise `FloatingPointError` and leave it
+        out. The same in all groups, and in all processes of `torch.distributed`, which
+        agree in an all-reduce of one number.
+    capturable : bool
+        Read nothing on the host, so that a CUDA graph can capture the step: `lr` may be
+        a tensor on the device, and what is written into it later counts.
+    differentiable : bool
+        Make the new weights part of autograd's graph, on the reference engine.
+    master_weights : bool
+        Keep float32 weights, and buffers, beside parameters of bfloat16 and float16.
+        Where somebody else writes a parameter, its master follows.
 
     Raises
     ------
     ValueError, TypeError
         For a hyper-parameter out of range, or a name pattern that matches nothing.
-    NotImplementedError
-        For what this version does not have.
+    RuntimeError
+        For switches that exclude each other.
 
     Notes
     -----
-    ``p.grad`` is never changed, and `step` never waits for the device. Everything but
-    the reserved arguments can differ between parameter groups. The state of a
-    parameter is its ``momentum_buffer``, a tensor of the parameter's own kind: of
-    parameters that are sharded (DTensor) it is a DTensor, and the processes find the
-    lengths of the whole layers together, in one all-reduce a step. A training step
-    under `torch.compile` calls `step` between two graphs, on the same engine as ever.
+    ``p.grad`` is never changed, and `step` waits for the device only where
+    `on_nonfinite` says so: for "raise", and for "skip" before there are buffers.
+    Everything but `on_nonfinite` can differ between parameter groups. `lr` and
+    `weight_decay` may be tensors of one element.
+
+    The state of a parameter is its ``momentum_buffer``, and ``master_weight`` where one
+    is kept: tensors of the parameter's own kind. Of sharded parameters (DTensor) they
+    are DTensors, and the processes find the lengths of the whole layers together, in
+    one all-reduce a step.
+
+    Under `torch.compile` the step of the foreach engine (``foreach=True``, and all but
+    CPU tensors by default) is part of the graph; otherwise it runs between two graphs,
+    on the same engine as ever. Give `lr` as a tensor: each new float compiles anew.
 
     References
     ----------
@@ -134,8 +142,7 @@ class LARS(torch.optim.Optimizer):
         """Check the arguments and resolve which layers are adapted and decayed."""
         given = locals()
         defaults = {
-            name: given[name]
-            for name in ("lr", *PER_GROUP, *PER_LAYER, *ENGINES, *_LATER)
+            name: given[name] for name in ("lr", *PER_GROUP, *PER_LAYER, *_SWITCHES)
         }
         self._plan = Plan()
         self._in_backward: StepInBackward | None = None
@@ -158,7 +165,8 @@ class LARS(torch.optim.Optimizer):
                 if name in param_group:
                     check_matched(full[name], selected, name)
                 group[name] = selected
-        except (TypeError, ValueError, NotImplementedError):
+            policy_of(self.param_groups)
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         if self._in_backward is not None:
@@ -174,6 +182,41 @@ class LARS(torch.optim.Optimizer):
                 if name in PER_LAYER:
                     value = select(None, None, group["params"], name)
                 group.setdefault(name, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of LARS, or of another optimizer with momentum.
+
+        Parameters
+        ----------
+        state_dict : dict
+            Of this class, older versions included, in any dtype and from any device; of
+            `torch.optim.SGD`, timm, MAE, Barlow Twins and others of their kind. What it
+            does not say of the hyper-parameters stays as it is here.
+
+        Raises
+        ------
+        ValueError
+            It does not fit the parameters, or its buffers are of the kind without the
+            learning rate, and those of this optimizer contain it: see
+            `convert_state_dict`. Nothing has changed then.
+        """
+        wide: list[tuple[Any, str, Tensor]] = []
+
+        def adapt(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+            adapted = foreign.adapted(state_dict, self.param_groups)
+            for group in adapted["param_groups"]:
+                _check_group(group)
+            policy_of(adapted["param_groups"])
+            wide.extend(_wide(adapted, self.param_groups))
+            return adapted
+
+        handle = self.register_load_state_dict_pre_hook(adapt)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for p, key, x in wide:  # which torch has rounded to the parameter's dtype
+            self.state[p][key] = x.to(p.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -192,7 +235,9 @@ class LARS(torch.optim.Optimizer):
         Raises
         ------
         RuntimeError
-            For a sparse gradient; nothing has moved then.
+            For a sparse gradient, or parameters that do not fit the switches.
+        FloatingPointError
+            With ``on_nonfinite="raise"``. In all cases nothing has moved.
         """
         if self._in_backward is not None:
             return self._in_backward.end(closure)
@@ -220,24 +265,48 @@ class LARS(torch.optim.Optimizer):
 
 def _check_group(group: dict[str, Any]) -> None:
     config_of(group)
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        check_lr(lr.item())
     _config.choice("on_nonfinite", group["on_nonfinite"], OnNonfinite)
-    if group["foreach"] and group["fused"]:
-        raise RuntimeError(
-            "foreach=True and fused=True demand two engines: leave one of them None"
-        )
-    if group["carry_norms"] and (
-        group["foreach"] is not None or group["fused"] is False
-    ):
-        raise RuntimeError(
-            f"carry_norms=True demands the native engine, but foreach is "
-            f"{group['foreach']} and fused {group['fused']}: leave both None"
-        )
-    for name, allowed in _LATER.items():
-        if group[name] not in (allowed, False):
-            raise NotImplementedError(
-                f"{name}={group[name]!r} is not in this version of larskit: pass "
-                f"{name}={allowed!r}"
-            )
+    for name in (*SWITCHES, "master_weights"):
+        optional = name in ("foreach", "fused")
+        if group[name] not in ((True, False, None) if optional else (True, False)):
+            allowed = "True, False or None" if optional else "True or False"
+            raise TypeError(f"{name} must be {allowed}, got {group[name]!r}")
+    for pair, why in _EXCLUSIVE:
+        if all(group[name] == value for name, value in pair.items()):
+            both = " and ".join(f"{name}={value!r}" for name, value in pair.items())
+            raise RuntimeError(f"{both} exclude each other: {why}; leave one away")
+
+
+_NATIVE_ONLY = "only the native engine carries norms"
+_IN_PLACE = "autograd sees only the steps of the reference engine"
+_EXCLUSIVE: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"foreach": True, "fused": True}, "they demand two engines"),
+    ({"carry_norms": True, "foreach": True}, _NATIVE_ONLY),
+    ({"carry_norms": True, "foreach": False}, _NATIVE_ONLY),
+    ({"carry_norms": True, "fused": False}, _NATIVE_ONLY),
+    ({"carry_norms": True, "capturable": True}, _NATIVE_ONLY),
+    ({"carry_norms": True, "differentiable": True}, _NATIVE_ONLY),
+    ({"capturable": True, "fused": True}, "the native engine reads lr on the host"),
+    ({"capturable": True, "on_nonfinite": "raise"}, "a captured step cannot raise"),
+    ({"differentiable": True, "foreach": True}, _IN_PLACE),
+    ({"differentiable": True, "fused": True}, _IN_PLACE),
+    ({"differentiable": True, "master_weights": True}, _IN_PLACE),
+    ({"differentiable": True, "on_nonfinite": "skip"}, _IN_PLACE),
+    ({"differentiable": True, "on_nonfinite": "raise"}, _IN_PLACE),
+)
+
+
+def _wide(state_dict: dict[str, Any], groups: Any) -> Iterator[tuple[Any, str, Tensor]]:
+    """Yield what must keep its float32 beside narrow parameters, once it is loaded."""
+    for group, own in zip(state_dict["param_groups"], groups, strict=False):
+        for key, p in zip(group["params"], own["params"], strict=False):
+            if group["master_weights"] and p.dtype in NARROW:
+                for name, x in state_dict["state"].get(key, {}).items():
+                    if isinstance(x, Tensor) and x.dtype == torch.float32:
+                        yield p, name, x
 
 
 def _check_parameters(params: list[Any]) -> None:

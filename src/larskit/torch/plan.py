@@ -1,23 +1,28 @@
-"""How the parameters of an optimizer are stepped, and by which engine."""
+"""How the parameters of an optimizer are stepped, and what is kept between steps."""
 
-from collections.abc import Collection, Iterator
-from dataclasses import replace
+from collections.abc import Collection
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from larskit import config as _config
-from larskit import rule
 from larskit.config import Config, check_lr
 from larskit.engines import foreach as _foreach
 from larskit.engines import native as _native
-from larskit.engines import reference as _reference
 from larskit.rule import Lengths
+from larskit.torch.bucket import (
+    SWITCHES,
+    Bucket,
+    Kind,
+    has_momentum,
+    is_sharded,
+    kind_of,
+)
 
 PER_LAYER = ("adapt", "decay")
-ENGINES = ("foreach", "fused", "carry_norms")
 PER_GROUP = tuple(
     name for name in _config.NAMES if name not in (*PER_LAYER, "zero_guard")
 )
@@ -28,7 +33,8 @@ class Plan:
     """How some parameters step, kept from step to step while nothing of it changes."""
 
     def __init__(self) -> None:
-        self._buckets: list[_Bucket] = []
+        """Know nothing yet."""
+        self._buckets: list[Bucket] = []
         self._idle: list[Tensor] = []  # without a gradient
         self._params: list[Tensor] = []
         self._sharded: list[Any] = []
@@ -36,25 +42,42 @@ class Plan:
         self._switches: list[Any] = []
         self._values: list[Any] = []
         self._configs: list[Config] = []
+        self._written: dict[Any, int] = {}  # versions of parameters with masters
         self._outside_graphs: Any = torch.compiler.disable(self._step_)
 
     def step_(self, groups: list[dict[str, Any]], state: Any) -> None:
         """Move the parameters of `groups` that have gradients."""
-        step_ = self._outside_graphs if torch.compiler.is_compiling() else self._step_
-        step_(groups, state)
+        if not torch.compiler.is_compiling():
+            self._step_(groups, state)
+        elif all(map(_is_traceable, groups)):
+            self._step_in_graph(groups, state)
+        else:
+            self._outside_graphs(groups, state)
 
     def _step_(self, groups: list[dict[str, Any]], state: Any) -> None:
+        policy = policy_of(groups)
         self._check(groups)
         fits = self._fits(groups, state)
         if not fits:
             self._sort(groups, state)
         for bucket in self._buckets:
-            bucket.take(self._configs[bucket.index])
+            bucket.take(self._configs[bucket.kind.group])
         self._measure_sharded()
+        permitted = policy == "propagate" or self._judge(policy, groups)
         for bucket in self._buckets:
-            bucket.step_(groups[bucket.index], state)
+            bucket.step_(groups[bucket.kind.group], state, permitted)
+            if bucket.kind.master:
+                self._written.update(zip(bucket.params, bucket.versions(), strict=True))
         if not fits:
             self._states = [*state.values()]
+
+    def _step_in_graph(self, groups: list[dict[str, Any]], state: Any) -> None:
+        """Do what `_step_` does on the foreach engine, for `torch.compile` to see."""
+        self._sort(groups, state)
+        for bucket in self._buckets:
+            group = groups[bucket.kind.group]
+            bucket.take(config_of(group))
+            bucket.step_(group, state)
 
     def _measure_sharded(self) -> None:
         """Give the buckets of sharded layers the lengths of the whole layers.
@@ -65,15 +88,52 @@ class Plan:
             return
         from larskit.norms import dtensor
 
-        layers = self._sharded
-        measured = {p: x for b in self._buckets for p, x in b.measured()}
-        shards = [p.to_local() for p in layers], [measured.get(p) for p in layers]
-        found = dtensor.lengths([*shards[0], *shards[1]], layers * 2, _lengths)
-        rows = {p: row for row, p in enumerate(layers)}
+        rows = {p: row for row, p in enumerate(self._sharded)}
+        shards: list[Any] = [p.to_local() for p in self._sharded]
+        shards += [None] * len(rows)
+        own = [bucket for bucket in self._buckets if bucket.kind.sharded]
+        for bucket in own:
+            for p, w, q in zip(bucket.params, *bucket.measured(), strict=True):
+                shards[rows[p]], shards[rows[p] + len(rows)] = w, q
+        found = dtensor.lengths(shards, self._sharded * 2, _lengths)
+        for bucket in own:
+            indices = torch.tensor([rows[p] for p in bucket.params])
+            bucket.norms = found[indices], found[indices + len(rows)]
+
+    def _judge(self, policy: str, groups: list[dict[str, Any]]) -> Any:
+        """Return whether all lengths are finite: a bool, or a flag on the device.
+
+        The device is waited for where the flag is asked for here, or the first buffers
+        are to be made or not.
+        """
         for bucket in self._buckets:
-            if bucket.sharded:
-                own = torch.tensor([rows[p] for p in bucket.params])
-                bucket.norms = found[own], found[own + len(layers)]
+            bucket.measure()
+        finite = _on_all_ranks(self._finite())
+        captured = any(group["capturable"] for group in groups)
+        free = finite.device.type == "cpu" and not captured
+        starts = any(bucket.starts for bucket in self._buckets)
+        if not (policy == "raise" or free or starts):
+            return finite
+        if policy == "raise" and not finite:
+            raise FloatingPointError(
+                f"the step was not taken, because {self._nonfinite()} is not finite"
+            )
+        return bool(finite)
+
+    def _finite(self) -> Tensor:
+        flags = [x.isfinite().all() for bucket in self._buckets for x in bucket.norms]
+        device = self._params[0].device
+        flags = [flag.to(device, non_blocking=True) for flag in flags]
+        return torch.stack([torch.ones((), dtype=torch.bool, device=device), *flags])
+
+    def _nonfinite(self) -> str:
+        for bucket in self._buckets:
+            rows = zip(bucket.names, *(x.tolist() for x in bucket.norms), strict=True)
+            for name, *lengths in rows:
+                for what, x in zip(("weights", "gradient"), lengths, strict=True):
+                    if x - x != 0:
+                        return f"the length of the {what} of {name!r} ({x})"
+        return "a length in another process"
 
     def lengths(self) -> dict[str, Lengths]:
         """Return what the last step measured, by name."""
@@ -102,23 +162,22 @@ class Plan:
 
     def _sort(self, groups: list[dict[str, Any]], state: Any) -> None:
         """Sort the parameters into lists that one engine call can step."""
-        buckets: dict[Any, _Bucket] = {}
+        buckets: dict[Kind, Bucket] = {}
         idle = []
         for index, group in enumerate(groups):
-            rows = zip(group["params"], group["adapt"], group["decay"], strict=True)
-            for row, (p, adapt, decay) in enumerate(rows):
+            for row, p in enumerate(group["params"]):
                 if p.grad is None:
                     idle.append(p)
                     continue
                 name = name_of(index, group, row)
-                _check_dense(p.grad, name)
-                sharded = is_sharded(p)
-                key = index, p.device, p.dtype, p.grad.dtype, adapt, decay, sharded
-                if key not in buckets:
-                    buckets[key] = _Bucket(index, adapt, decay, sharded)
-                buckets[key].add(name, p, _buffer(state, p))
+                _check_gradient(p, name)
+                kind = kind_of(index, group, row, p)
+                if kind not in buckets:
+                    buckets[kind] = Bucket(kind)
+                kept = state.get(p, _NOTHING)
+                buckets[kind].add(name, p, kept, self._written.get(p))
         for bucket in buckets.values():
-            bucket.choose_engine(groups[bucket.index], self._buckets)
+            bucket.choose_engine(groups[bucket.kind.group], self._buckets)
         self._buckets, self._idle = list(buckets.values()), idle
         self._params = [p for group in groups for p in group["params"]]
         self._sharded = [p for p in self._params if is_sharded(p)]
@@ -131,7 +190,19 @@ def _same(these: Collection[Any], those: Collection[Any]) -> bool:
 
 def _switches(group: dict[str, Any]) -> Any:
     """Return what in a group decides about buckets and engines."""
-    return [group[name] for name in (*PER_LAYER, *ENGINES)], group["momentum"] == 0
+    names = (*PER_LAYER, *SWITCHES, "master_weights")
+    return [group[name] for name in names], has_momentum(group)
+
+
+def _is_traceable(group: dict[str, Any]) -> bool:
+    """Whether the foreach engine steps a group, of tensors that it can be traced on."""
+    on_cpu = any(p.device.type == "cpu" for p in group["params"])
+    return (
+        not (group["fused"] or group["carry_norms"] or group["master_weights"])
+        and (group["foreach"] or (group["foreach"] is None and not on_cpu))
+        and group["on_nonfinite"] == "propagate"
+        and not any(map(is_sharded, group["params"]))
+    )
 
 
 def name_of(index: int, group: dict[str, Any], row: int) -> str:
@@ -140,132 +211,25 @@ def name_of(index: int, group: dict[str, Any], row: int) -> str:
     return names[row] if names else f"{index}.{row}"
 
 
-class _Bucket:
-    """Layers of one device, dtype and kind, and what a step measured of them."""
-
-    def __init__(self, index: int, adapt: bool, decay: bool, sharded: bool) -> None:
-        self.index = index  # of the parameter group
-        self.flags = {"adapt": adapt, "decay": decay}
-        self.sharded = sharded
-        self.names: list[str] = []
-        self.params: list[Any] = []
-        self.weights: list[Tensor] = []  # what this process holds of the parameters
-        self.grads: list[Any] = []
-        self.buffers: list[Tensor | None] = []
-        self.former: list[Tensor | None] = []  # the buffers before the step
-        self.engine: Any = None
-        self.native: _native.Group | None = None
-        self.states: list[dict[str, Any]] = []  # once they hold the buffers
-        self.given: Any = None
-        self.config: Any = None
-        self.norms: Any = None
-        self.found: Any = None
-
-    def add(self, name: str, p: Any, buffer: Any) -> None:
-        self.names.append(name)
-        self.params.append(p)
-        grad = p.grad
-        if self.sharded:
-            if grad.placements != p.placements:  # sums that are not complete, say
-                grad = grad.redistribute(placements=p.placements)
-            grad = grad.to_local().contiguous()  # an uneven shard may have gaps
-            buffer = buffer if buffer is None else buffer.to_local()
-        self.weights.append(p.to_local() if self.sharded else p)
-        self.grads.append(grad)
-        self.buffers.append(buffer)
-        self.former.append(buffer)
-
-    def take(self, config: Config) -> None:
-        """Take the configuration of the parameter group."""
-        if config is not self.given:
-            self.given, self.config = config, replace(config, **self.flags)
-
-    def measured(self) -> Iterator[tuple[Any, Tensor]]:
-        """Yield each sharded parameter, and what is measured of it beside itself."""
-        rows = zip(self.params, self.weights, self.grads, self.former, strict=True)
-        for p, w, g, v in rows if self.sharded else ():
-            yield p, rule.measured(w, g, v, self.config)
-
-    def choose_engine(self, group: dict[str, Any], former: "list[_Bucket]") -> None:
-        """Choose as the group's switches say; `former` buckets may know lengths."""
-        foreach, fused, carry = (group[name] for name in ENGINES)
-        if carry and self.sharded:
-            raise RuntimeError(
-                "carry_norms=True is not for sharded parameters, whose lengths the "
-                "processes find together: leave it away"
-            )
-        if fused or (fused is None and foreach is None):
-            try:
-                self._go_native(group["momentum"] != 0, former if carry else [])
-                return
-            except _native.Unfit as why:
-                if fused or carry:
-                    demand = "fused=True" if fused else "carry_norms=True"
-                    raise RuntimeError(
-                        f"{demand}, but {why}: leave it away to take another engine"
-                    ) from None
-        plain = {torch.Tensor, torch.nn.Parameter}
-        if foreach is None:
-            foreach = all(type(w) in plain for w in self.weights)
-        self.engine = _foreach if foreach else _reference
-
-    def _go_native(self, keep: bool, former: "list[_Bucket]") -> None:
-        kept = _native.kept_buffers(self.weights, self.buffers, keep)
-        columns = self.weights, self.grads, self.buffers
-        self.native = _native.Group(*columns, new_buffers=kept)
-        if not self.sharded:
-            self.native.remember()
-        self.buffers = kept
-        for bucket in former:
-            if bucket.native is not None:
-                self.native.take_over(bucket.native)
-
-    def aim(self) -> bool:
-        """Whether the native engine can go on, with the gradients that are here now."""
-        if self.native is None or self.sharded:
-            return False
-        self.grads = [p.grad for p in self.params]
-        if not self.native.aim(self.grads):
-            return False
-        now = [state.get("momentum_buffer") for state in self.states]
-        return all(map(is_, now, self.buffers))
-
-    @property
-    def lengths(self) -> Lengths:
-        """What the last step measured."""
-        return self.found if self.native is None else self.native.lengths
-
-    def step_(self, group: dict[str, Any], state: Any) -> None:
-        """Move the layers and keep their buffers in `state`."""
-        lr, carry = group["lr"], group["carry_norms"]
-        if self.native is not None:
-            self.native.step_(lr, self.config, self.norms, carry=carry)
-        else:
-            weights = [w.detach() for w in self.weights]
-            columns = weights, self.grads, self.buffers
-            self.found = self.engine.step_(*columns, lr, self.config, self.norms)
-        self.grads = []
-        if self.states:
-            return
-        for p, buffer in zip(self.params, self.buffers, strict=True):
-            if buffer is not None:
-                state[p]["momentum_buffer"] = self._like(p, buffer)
-        if self.native is not None:
-            self.states = [state.get(p, _NOTHING) for p in self.params]
-
-    def _like(self, p: Any, buffer: Tensor) -> Tensor:
-        """Return a buffer as a tensor of the parameter's own kind."""
-        if not self.sharded:
-            return buffer
-        whole = {"shape": p.shape, "stride": p.stride()}
-        return type(p.data).from_local(
-            buffer, p.device_mesh, p.placements, run_check=False, **whole
+def policy_of(groups: list[dict[str, Any]]) -> str:
+    """Return what to do with a length that is not finite: one thing for all groups."""
+    policies = list(dict.fromkeys(group["on_nonfinite"] for group in groups))
+    if len(policies) > 1:
+        raise ValueError(
+            f"on_nonfinite concerns the whole step, but the parameter groups have "
+            f"{' and '.join(map(repr, policies))}: give all of them the same"
         )
+    return policies[0]
 
 
-def is_sharded(p: Any) -> bool:
-    """Whether a parameter is a DTensor."""
-    return type(p).__name__ == "DTensor"
+def _on_all_ranks(flags: Tensor) -> Tensor:
+    """Return whether all flags are true, here and in every other process."""
+    flag = flags.all()
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        number = flag.to(torch.int32)
+        dist.all_reduce(number, dist.ReduceOp.MIN)
+        flag = number > 0
+    return flag
 
 
 def _lengths(tensors: list[Tensor]) -> Tensor:
@@ -283,17 +247,22 @@ def _lengths(tensors: list[Tensor]) -> Tensor:
 
 def config_of(group: dict[str, Any]) -> Config:
     """Check the hyper-parameters of a group, and return them."""
-    check_lr(group["lr"])
+    lr = group["lr"]
+    check_lr(lr)
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr has the shape {tuple(lr.shape)}, expected one number")
     return Config(**{name: group[name] for name in PER_GROUP})
 
 
-def _buffer(state: Any, p: Tensor) -> Tensor | None:
-    return state[p].get("momentum_buffer") if p in state else None
-
-
-def _check_dense(grad: Tensor, name: str) -> None:
-    if grad.layout is not torch.strided:
+def _check_gradient(p: Any, name: str) -> None:
+    if p.grad.layout is not torch.strided:
         raise RuntimeError(
-            f"the gradient of {name!r} is sparse ({grad.layout}); LARS needs the "
+            f"the gradient of {name!r} is sparse ({p.grad.layout}); LARS needs the "
             "length of the whole layer: use dense gradients (sparse=False)"
+        )
+    if is_sharded(p) != is_sharded(p.grad):
+        here, there = (type(x).__name__ for x in (p, p.grad))
+        raise RuntimeError(
+            f"the parameter {name!r} is a {here} and its gradient a {there}: "
+            "distribute both, or neither (distribute_tensor, full_tensor)"
         )

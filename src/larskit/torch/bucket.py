@@ -1,0 +1,326 @@
+"""Layers that one engine steps together, and the choice of that engine."""
+
+from dataclasses import replace
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from larskit import rule
+from larskit.config import Config, is_number
+from larskit.engines import foreach as _foreach
+from larskit.engines import native as _native
+from larskit.engines import reference as _reference
+from larskit.rule import Lengths
+
+SWITCHES = ("foreach", "fused", "carry_norms", "capturable", "differentiable")
+MOMENTUM, MASTER = "momentum_buffer", "master_weight"
+NARROW = (torch.float16, torch.bfloat16)
+
+
+class Kind(NamedTuple):
+    """What the layers of a bucket have in common."""
+
+    group: int
+    device: torch.device
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    adapt: bool
+    decay: bool
+    sharded: bool
+    master: bool  # whether float32 weights are kept beside the narrow ones
+
+
+def kind_of(index: int, group: dict[str, Any], row: int, p: Any) -> Kind:
+    """Return the kind of a parameter that has a gradient."""
+    flags = group["adapt"][row], group["decay"][row], is_sharded(p)
+    master = group["master_weights"] and p.dtype in NARROW
+    return Kind(index, p.device, p.dtype, p.grad.dtype, *flags, master)
+
+
+def is_sharded(p: Any) -> bool:
+    """Whether a parameter is a DTensor."""
+    return type(p).__name__ == "DTensor"
+
+
+def has_momentum(group: dict[str, Any]) -> bool:
+    """Whether the layers of a parameter group keep momentum buffers."""
+    momentum = group["momentum"]
+    return not (is_number(momentum) and momentum == 0)
+
+
+class Bucket:
+    """Layers of one kind, and what a step measured of them."""
+
+    def __init__(self, kind: Kind) -> None:
+        """Hold no layer yet."""
+        self.kind = kind
+        self.names: list[str] = []
+        self.params: list[Any] = []
+        self.norms: Any = None  # where they are known before the step
+        self._grads: list[Any] = []
+        self._locals: list[Tensor] = []  # what this process holds of the parameters
+        self._weights: list[Tensor] = []  # what moves: those, or their masters
+        self._buffers: list[Tensor | None] = []
+        self._former: list[Tensor | None] = []  # the buffers before the step
+        self._stored: list[tuple[dict[str, Any], str, Any]] = []
+        self._versions: list[int] = []
+        self._engine: Any = None
+        self._native: _native.Group | None = None
+        self._given: Any = None
+        self._config: Any = None
+        self._found: Lengths | None = None
+
+    def add(self, name: str, p: Any, state: dict[str, Any], written: Any) -> None:
+        """Take a parameter in, with its state.
+
+        `written` is the version of the parameter when its master was written last.
+        """
+        local, buffer = self._local(p), self._local(state.get(MOMENTUM))
+        w = local
+        if self.kind.master:
+            w = _master(self._local(state.get(MASTER)), local, written)
+            buffer = None if buffer is None else buffer.float()
+        self.names.append(name)
+        self.params.append(p)
+        self._grads.append(self._gradient(p))
+        self._locals.append(local)
+        self._weights.append(w)
+        self._buffers.append(buffer)
+        self._former.append(buffer)
+
+    def _local(self, x: Any) -> Any:
+        return x.to_local() if self.kind.sharded and x is not None else x
+
+    def _gradient(self, p: Any) -> Tensor:
+        if not self.kind.sharded:
+            return p.grad
+        from larskit.norms import dtensor
+
+        return dtensor.shard(p.grad, p)
+
+    def choose_engine(self, group: dict[str, Any], former: "list[Bucket]") -> None:
+        """Choose as the group's switches say; `former` buckets may know lengths."""
+        self._check_switches(group)
+        foreach, fused, carry = (group[name] for name in SWITCHES[:3])
+        free = foreach is None and not (group["capturable"] or group["differentiable"])
+        if fused or (fused is None and free):
+            try:
+                self._go_native(has_momentum(group), former if carry else [])
+                return
+            except _native.Unfit as why:
+                if fused or carry:
+                    demand = "fused=True" if fused else "carry_norms=True"
+                    raise RuntimeError(
+                        f"{demand}, but {why}: leave it away to take another engine"
+                    ) from None
+        plain = {torch.Tensor, torch.nn.Parameter}
+        if foreach is None:
+            foreach = all(type(w) in plain for w in self._weights)
+        self._engine = _foreach if foreach else _reference
+
+    def _check_switches(self, group: dict[str, Any]) -> None:
+        """Refuse what cannot be done with these parameters."""
+        for name in ("carry_norms", "differentiable"):
+            if group[name] and self.kind.sharded:
+                raise RuntimeError(
+                    f"{name}=True is not for sharded parameters, whose lengths the "
+                    "processes find together: leave it away"
+                )
+        if group["differentiable"] and any(
+            p.is_leaf and p.requires_grad for p in self.params
+        ):
+            raise RuntimeError(
+                "differentiable=True makes the new weights part of the graph, which a "
+                "leaf that requires gradients cannot be: give the optimizer clones "
+                "(p.clone()), and give those their .grad"
+            )
+        self._check_capture(group)
+
+    def _check_capture(self, group: dict[str, Any]) -> None:
+        device, lr = self.kind.device, group["lr"]
+        elsewhere = isinstance(lr, Tensor) and lr.device != device
+        if group["capturable"] and elsewhere:
+            raise RuntimeError(
+                f"capturable=True, but lr is on the device {lr.device}, where a "
+                f"captured step would read it only once: move it to {device}"
+            )
+        if not _is_capturing(device):
+            return
+        if not group["capturable"]:
+            raise RuntimeError(
+                "the step is being captured in a CUDA graph, but capturable=False: "
+                "make the optimizer with capturable=True"
+            )
+        if has_momentum(group) and any(v is None for v in self._former):
+            raise RuntimeError(
+                "the step is being captured in a CUDA graph before there are momentum "
+                "buffers, which the first step makes: take it before the capture"
+            )
+
+    def _go_native(self, keep: bool, former: "list[Bucket]") -> None:
+        kept = _native.kept_buffers(self._weights, self._buffers, keep)
+        columns = self._weights, self._grads, self._buffers
+        self._native = _native.Group(*columns, new_buffers=kept)
+        self._native.remember()
+        self._buffers = kept
+        for bucket in former:
+            if bucket._native is not None:
+                self._native.take_over(bucket._native)
+
+    def aim(self) -> bool:
+        """Whether the native engine can go on, with the gradients that are here now."""
+        if self._native is None:
+            return False
+        self._grads = [p.grad for p in self.params]
+        if self.kind.sharded and not self._aim_at_shards():
+            return False
+        if self.kind.master and self.versions() != self._versions:
+            return False
+        return self._native.aim(self._grads) and all(
+            state.get(key) is value for state, key, value in self._stored
+        )
+
+    def _aim_at_shards(self) -> bool:
+        pairs = zip(self.params, self._grads, strict=True)
+        if not all(is_sharded(g) and g.placements == p.placements for p, g in pairs):
+            return False
+        self._grads = [g.to_local() for g in self._grads]
+        return all(map(is_, map(self._local, self.params), self._locals))
+
+    def versions(self) -> list[int]:
+        """Return what changes whenever somebody writes a parameter."""
+        return [w._version for w in self._locals]
+
+    def take(self, config: Config) -> None:
+        """Take the configuration of the parameter group, its tensors on our device."""
+        self.norms = None
+        if config is self._given:
+            return
+        device = self.kind.device
+        moved = {
+            name: x.to(device, non_blocking=True)
+            for name, x in vars(config).items()
+            if isinstance(x, Tensor) and x.device != device
+        }
+        self._given = None if moved else config  # what lies elsewhere can change there
+        flags = {"adapt": self.kind.adapt, "decay": self.kind.decay}
+        self._config = replace(config, **flags, **moved)
+
+    def measured(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the weights, and what is measured beside them."""
+        rows = zip(self._weights, self._grads, self._former, strict=True)
+        return self._weights, [rule.measured(w, g, v, self._config) for w, g, v in rows]
+
+    def measure(self) -> None:
+        """Find the lengths before the step is taken, unless they are known."""
+        if self.norms is not None:
+            return
+        if self._native is not None:
+            self.norms = self._native.norms(self._config)
+        else:
+            self.norms = tuple(self._engine.lengths(xs) for xs in self.measured())
+
+    def step_(self, group: dict[str, Any], state: Any, permitted: Any = True) -> None:
+        """Move the layers and keep their state in `state`.
+
+        Nothing changes where `permitted`, a bool or a flag on the device, is false.
+        """
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device != self.kind.device:
+            lr = lr.to(self.kind.device, non_blocking=True)
+        if permitted is False:
+            w_norms, q = self.norms
+            ratios = rule.trust_ratio(w_norms, q, lr, self._config)
+            self._found = Lengths(w_norms, q, ratios)
+        elif group["differentiable"]:
+            self._move_in_graph(lr, has_momentum(group))
+        elif permitted is True:
+            self._move(lr, group["carry_norms"])
+        else:
+            self._move_where(permitted, lr)
+        self._grads = []
+        if permitted is not False:
+            self._store(state)
+
+    def _move(self, lr: Any, carry: bool = False) -> None:
+        if self._native is not None:
+            self._native.step_(lr, self._config, self.norms, carry=carry)
+            self._found = None
+        else:
+            weights = [w.detach() for w in self._weights]
+            self._found = self._engine.step_(
+                weights, self._grads, self._buffers, lr, self._config, self.norms
+            )
+        if self.kind.master:
+            torch._foreach_copy_(self._locals, self._weights)
+
+    def _move_where(self, permitted: Tensor, lr: Any) -> None:
+        written = [*self._locals, *self._weights, *self._buffers]
+        before = [x.clone() for x in written if x is not None]
+        self._move(lr)
+        for x, old in zip((x for x in written if x is not None), before, strict=True):
+            x.copy_(x.where(permitted, old))
+
+    @torch.enable_grad()
+    def _move_in_graph(self, lr: Any, keep: bool) -> None:
+        """Move so that autograd sees it: nothing is overwritten but the parameters."""
+        found = []
+        for i, p in enumerate(self._weights):
+            g, v = self._grads[i], self._buffers[i]
+            new_w, new_v, lengths = rule.update(p.clone(), g, v, lr, self._config)
+            p.copy_(new_w)
+            self._buffers[i] = new_v if keep else self._buffers[i]
+            found.append([x.detach() for x in lengths])
+        self._found = Lengths(*map(torch.stack, zip(*found, strict=True)))
+
+    def _store(self, state: Any) -> None:
+        """Keep the buffers in the optimizer's state, unless they are there."""
+        self._versions = self.versions() if self.kind.master else []
+        if self._stored:
+            return
+        for p, w, v in zip(self.params, self._weights, self._buffers, strict=True):
+            if MASTER in state.get(p, ()) and not self.kind.master:
+                del state[p][MASTER]
+            kept = {MOMENTUM: v, MASTER: w if self.kind.master else None}
+            for key, x in kept.items():
+                if x is not None:
+                    state[p][key] = self._like(p, x)
+                    self._stored.append((state[p], key, state[p][key]))
+
+    def _like(self, p: Any, x: Tensor) -> Tensor:
+        """Return what belongs to a parameter as a tensor of its own kind."""
+        if not self.kind.sharded:
+            return x
+        from larskit.norms import dtensor
+
+        return dtensor.assemble(x, p)
+
+    @property
+    def lengths(self) -> Lengths:
+        """What the last step measured."""
+        if self._found is not None:
+            return self._found
+        assert self._native is not None
+        return self._native.lengths
+
+    @property
+    def starts(self) -> bool:
+        """Whether layers get their momentum buffers in the next step."""
+        momentum = self._config.momentum
+        without = is_number(momentum) and momentum == 0
+        return not without and any(v is None for v in self._former)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _master(master: Tensor | None, w: Tensor, written: int | None) -> Tensor:
+    """Return the float32 weights of `w`: the master, but where `w` was changed."""
+    if master is None:
+        return w.float()
+    if written in (None, w._version):
+        return master
+    return master.where(master.to(w.dtype) == w, w.float())

@@ -1,0 +1,134 @@
+"""State dicts of other optimizers, and of either placement of the learning rate."""
+
+from typing import Any
+
+from torch import Tensor
+
+from larskit.config import LrPlacement, choice
+from larskit.torch.bucket import MOMENTUM, SWITCHES
+from larskit.torch.plan import PER_GROUP, PER_LAYER
+
+# The buffer of MAE, MoCo v3, VISSL, Barlow Twins and VICReg.
+_BUFFER = "mu"
+# What timm, Barlow Twins and VICReg call the hyper-parameters, and what of theirs has
+# no counterpart: which layers are adapted and decayed is the optimizer's own matter.
+_SYNONYMS = {
+    "trust_coeff": "trust_coefficient",
+    "eta": "trust_coefficient",
+    "trust_clip": "clip",
+}
+_DROPPED = ("always_adapt", "weight_decay_filter", "lars_adaptation_filter")
+_OWN = (*PER_GROUP, *PER_LAYER, *SWITCHES, "lr", "on_nonfinite", "master_weights")
+
+
+def convert_state_dict(
+    state_dict: dict[str, Any],
+    lr_placement: LrPlacement,
+    *,
+    source: LrPlacement | None = None,
+) -> dict[str, Any]:
+    """Convert the momentum buffers of a state dict to a placement of the learning rate.
+
+    With the rate inside a buffer is ``lr`` times what it is with the rate outside, at
+    the rate of its parameter group.
+
+    Parameters
+    ----------
+    state_dict : dict
+        Of `LARS`, `torch.optim.SGD`, timm's Lars, MAE, Barlow Twins and others of their
+        kind: ``{"state": ..., "param_groups": ...}``. It is left alone.
+    lr_placement : {"inside", "outside"}
+        That of the result, also written into its groups.
+    source : {"inside", "outside"}, optional
+        That of `state_dict`. Default: what its groups say, else ``"outside"``, as in
+        all of those but `LARS`.
+
+    Returns
+    -------
+    dict
+        For `LARS.load_state_dict`.
+
+    Raises
+    ------
+    ValueError
+        For another word, or where a buffer would have to be divided by a rate of 0.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from larskit.torch import LARS
+    >>> model = torch.nn.Linear(4, 2)
+    >>> sgd = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    >>> model(torch.ones(1, 4)).sum().backward()
+    >>> sgd.step()
+    >>> state = convert_state_dict(sgd.state_dict(), "inside")
+    >>> LARS(model.parameters(), lr=0.5).load_state_dict(state)
+    >>> state["state"][1]["momentum_buffer"]
+    tensor([0.5000, 0.5000])
+    """
+    choice("lr_placement", lr_placement, LrPlacement)
+    if source is not None:
+        choice("source", source, LrPlacement)
+    state, groups = _translated(state_dict)
+    for group in groups:
+        there = source or group.get("lr_placement", "outside")
+        group["lr_placement"] = lr_placement
+        if there == lr_placement:
+            continue
+        for key in group["params"]:
+            if _has_buffer(state, key):
+                factor = _factor(group["lr"], lr_placement)
+                state[key][MOMENTUM] = state[key][MOMENTUM] * factor
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _factor(lr: Any, lr_placement: LrPlacement) -> Any:
+    if lr_placement == "inside":
+        return lr
+    if lr == 0:
+        raise ValueError(
+            "lr is 0 in a parameter group, so that nothing can be said of its buffers "
+            "with the rate outside: convert the state of an earlier or later step"
+        )
+    return 1 / lr
+
+
+def adapted(
+    state_dict: dict[str, Any], own_groups: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return a state dict that says all a `LARS` with `own_groups` needs to know."""
+    state, groups = _translated(state_dict)
+    for group, own in zip(groups, own_groups, strict=False):  # torch compares lengths
+        strange = "lr_placement" not in group and own["lr_placement"] == "inside"
+        if strange and any(_has_buffer(state, key) for key in group["params"]):
+            raise ValueError(
+                "the state dict does not say whether its momentum buffers contain the "
+                "learning rate, those of this optimizer do: load what larskit.torch."
+                "convert_state_dict(state_dict, 'inside') returns, or make the "
+                "optimizer with lr_placement='outside'"
+            )
+        group.update({name: own[name] for name in _OWN if name not in group})
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _translated(state_dict: dict[str, Any]) -> tuple[dict[Any, Any], list[Any]]:
+    """Return copies of state and groups, in our own words."""
+    state = {
+        key: {MOMENTUM if name == _BUFFER else name: x for name, x in kept.items()}
+        if isinstance(kept, dict)
+        else kept
+        for key, kept in state_dict["state"].items()
+    }
+    groups = [
+        {
+            _SYNONYMS.get(name, name): value
+            for name, value in group.items()
+            if name not in _DROPPED
+        }
+        for group in state_dict["param_groups"]
+    ]
+    return state, groups
+
+
+def _has_buffer(state: dict[Any, Any], key: Any) -> bool:
+    return isinstance(state.get(key, {}).get(MOMENTUM), Tensor)
