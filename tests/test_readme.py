@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -16,6 +18,15 @@ def test_the_code_runs_in_the_order_it_stands(capsys):
     ratio, kernel = capsys.readouterr().out.split("\n", 1)
     assert 0 < float(ratio) < 1
     assert "0.9" in kernel
+
+
+@pytest.mark.parametrize(
+    "document", sorted((ROOT / "docs").glob("*.md")), ids=lambda d: d.name
+)
+def test_the_code_of_a_document_runs(document):
+    scope = {}
+    for block in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL):
+        exec(compile(block, document.name, "exec"), scope)
 
 
 def test_the_tree_names_what_there_is():
