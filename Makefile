@@ -4,7 +4,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 SOURCES := .venv/modules pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 
-.PHONY: run test test-all environments lint format bench dist clean
+.PHONY: run test test-all environments lint format bench bench-sharded dist clean
 
 run: .venv/app  ## the study that shows the point, then one full training
 	$(BIN)/larskit study --models convnet convnet-plain --optimizers sgd lars adamw \
@@ -32,6 +32,9 @@ format: .venv/dev
 
 bench: .venv/dev  ## one step of every optimizer, side by side; makes the peers' environments
 	$(BIN)/python benchmarks/step.py $(ARGS)
+
+bench-sharded: .venv/dev  ## one step over sharded layers in several processes, and what it sends
+	$(BIN)/python benchmarks/sharded.py $(ARGS)
 
 dist: .venv/dev  ## sdist, and the wheel from it, tried in an environment of its own
 	rm -rf dist

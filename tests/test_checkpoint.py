@@ -1,4 +1,8 @@
+import hashlib
+import json
 import os
+import re
+import struct
 import subprocess
 import sys
 
@@ -10,7 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from larskit import checkpoint
-from larskit.checkpoint import atomic
+from larskit.checkpoint import (
+    PortableState,
+    atomic,
+    load_optimizer,
+    read_state,
+    save_optimizer,
+    write_state,
+)
+from larskit.config import Config
 
 DTYPES = st.sampled_from(
     ["bool", "int8", "int32", "uint64", "float16", "float32", "float64", "complex64"]
@@ -210,3 +222,261 @@ def test_importing_it_loads_no_framework_and_no_safetensors():
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     )
     assert done.stdout == "[]\n"
+
+
+LAYER = checkpoint.layer(0.5, Config(dampening=0.1))
+
+
+def state(**changes):
+    momentum = {
+        "a/b": np.arange(3, dtype="float32"),
+        "é\x1f": np.ones((2, 1), ml_dtypes.bfloat16),
+    }
+    layers = {"a/b": LAYER, "é\x1f": {**LAYER, "lr": None}, "fresh": LAYER}
+    parts = {"step": 7, "layers": layers, "momentum": momentum}
+    return PortableState(**{**parts, "master": {"a/b": np.ones(3)}, **changes})
+
+
+def content(state):
+    arrays = {"momentum": state.momentum, "master": state.master}
+    return (
+        state.step,
+        {name: dict(layer) for name, layer in state.layers.items()},
+        {
+            (kind, name): (x.dtype, x.shape, x.tobytes())
+            for kind, named in arrays.items()
+            for name, x in named.items()
+        },
+    )
+
+
+def by_hand(about, tensors=b"", data=b""):
+    """Write a file without larskit, as docs/checkpoints.md says; values are JSON."""
+    text = json.dumps(json.dumps(about)).encode()
+    header = b'{"__metadata__":{"larskit":' + text + b"}" + tensors + b"}"
+    whole = struct.pack("<Q", len(header)) + header + data
+    assert whole.count(b"0" * 64) <= 1
+    return whole.replace(b"0" * 64, hashlib.sha256(whole).hexdigest().encode())
+
+
+ABOUT = {"format": 1, "sha256": "0" * 64, "step": 3, "layers": {"w": LAYER}}
+ONE = b',"momentum/w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+
+
+@pytest.mark.parametrize("step", [7, 0, None])
+def test_a_state_that_is_read_is_the_one_that_was_written(tmp_path, step):
+    written = state(step=step)
+    write_state(written, tmp_path / "state")
+    assert content(read_state(tmp_path / "state")) == content(written)
+    first = (tmp_path / "state").read_bytes()
+    write_state(written, tmp_path / "state")
+    assert (tmp_path / "state").read_bytes() == first
+
+
+def test_anybody_can_write_a_file_and_read_one(tmp_path):
+    file = tmp_path / "state"
+    file.write_bytes(by_hand(ABOUT, ONE, struct.pack("<f", 0.25)))
+    found = read_state(file)
+    assert (found.step, found.momentum["w"].tolist()) == (3, [0.25])
+    assert found.layers == {"w": LAYER}
+
+    write_state(state(), file)
+    data = file.read_bytes()
+    header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    about = json.loads(header["__metadata__"]["larskit"])
+    assert {*header} == {
+        "__metadata__", "momentum/a/b", "momentum/é\x1f", "master/a/b",
+    }  # fmt: skip
+    assert (about["format"], about["step"]) == (1, 7)
+    assert about["layers"]["fresh"] == {"lr": 0.5, **vars(Config(dampening=0.1))}
+    unsigned = data.replace(about["sha256"].encode(), b"0" * 64)
+    assert hashlib.sha256(unsigned).hexdigest() == about["sha256"]
+
+
+def test_no_bit_of_a_file_can_flip_unseen(tmp_path):
+    file = tmp_path / "state"
+    write_state(state(layers={"é\x1f": LAYER, "a/b": {}}), file)
+    data = file.read_bytes()
+    descriptor = os.open(file, os.O_WRONLY)
+    try:
+        for place, byte in enumerate(data):
+            for bit in range(8):
+                os.pwrite(descriptor, bytes([byte ^ (1 << bit)]), place)
+                with pytest.raises(ValueError, match="state"):
+                    read_state(file)
+            os.pwrite(descriptor, bytes([byte]), place)
+    finally:
+        os.close(descriptor)
+    assert read_state(file).step == 7
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: data[:-1], "torn"),
+        (lambda data: data[:300], "torn"),
+        (lambda data: data + b"0", "torn"),
+        (lambda _: b"", "torn"),
+        (lambda _: b"\x80\x04K\x01.", "torn"),
+        (lambda data: data[:-1] + b"\7", "damaged after it was written: take another"),
+        (lambda data: data.replace(b": 7,", b": 8,"), "was damaged after"),
+        (lambda data: data.replace(b'"larskit"', b'"torches"'), "not the state of an"),
+        (
+            lambda _: by_hand({**ABOUT, "format": 2}),
+            "format 2, this larskit reads 1: update larskit",
+        ),
+    ],
+    ids=[
+        "last byte", "half", "longer", "empty", "pickle", "data", "step", "foreign",
+        "newer",
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_used_says_why(tmp_path, spoil, message):
+    file = tmp_path / "state"
+    write_state(state(), file)
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(ValueError, match=f"state .*{message}"):
+        read_state(file)
+
+
+def test_plain_safetensors_are_no_state(tmp_path):
+    checkpoint.save({"x": np.ones(3)}, tmp_path / "state")
+    with pytest.raises(ValueError, match="holds arrays, but not the state of an opti"):
+        read_state(tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    ("about", "tensors", "message"),
+    [
+        ({**ABOUT, "step": -1}, b"", "step must be None or an int >= 0, got -1"),
+        ({**ABOUT, "step": 1.0}, b"", "step must be .* got 1.0"),
+        ({**ABOUT, "step": True}, b"", "step must be .* got True"),
+        ({**ABOUT, "layers": []}, b"", "breaks the rules of its format .*items"),
+        ({**ABOUT, "layers": {"w": 3}}, b"", "layer 'w' must be a mapping, got 3"),
+        ({**ABOUT, "layers": {}}, ONE, "momentum has 'w', which is no layer"),
+        (ABOUT, ONE.replace(b"momentum", b"velocity"), "rules .*velocity"),
+        ({**ABOUT, "sha256": ""}, b"", "empty separator"),
+        ({**ABOUT, "sha256": 5}, b"", "breaks the rules .*encode"),
+        ({"format": 1}, b"", "breaks the rules .*sha256"),
+        ([], b"", "breaks the rules"),
+    ],
+)
+def test_a_file_that_breaks_the_rules_is_refused(tmp_path, about, tensors, message):
+    file = tmp_path / "state"
+    file.write_bytes(by_hand(about, tensors, bytes(4) if tensors else b""))
+    with pytest.raises(ValueError, match=f"state .*{message}"):
+        read_state(file)
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        ({"a/b": "x"}, ValueError, r"names has nothing for 'é\\x1f', 'fresh': add it"),
+        (lambda _: "x", ValueError, "makes 'x' of more than one layer: give each"),
+        (lambda _: 5, TypeError, "makes 5 of 'a/b', expected a string"),
+        (dict.fromkeys(state().layers, None), TypeError, "makes None of 'a/b'"),
+    ],
+)
+def test_names_that_do_not_work_are_listed(names, error, message):
+    with pytest.raises(error, match=message):
+        state().renamed(names)
+
+
+@pytest.mark.parametrize("callable_", [False, True])
+def test_layers_are_renamed_with_all_that_is_theirs(callable_):
+    new = {name: f"net.{i}" for i, name in enumerate(state().layers)}
+    found = state().renamed(new.__getitem__ if callable_ else {**new, "other": "x"})
+    assert [*found.layers] == ["net.0", "net.1", "net.2"]
+    assert found.layers["net.1"]["lr"] is None
+    assert (*found.momentum, *found.master) == ("net.0", "net.1", "net.0")
+    np.testing.assert_array_equal(found.momentum["net.0"], [0, 1, 2])
+
+
+class Optimizer:
+    """What save_optimizer and load_optimizer want of a face."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def portable_state(self):
+        return self.state
+
+    def load_portable_state(self, state, *, names, convert):
+        self.loaded = state, names, convert
+
+
+@pytest.mark.parametrize(
+    ("counted", "saved", "loaded", "step"),
+    [
+        (None, None, None, None),
+        (None, 5, None, 5),
+        (None, None, 5, 5),
+        (5, None, None, 5),
+        (5, 5, np.int32(5), 5),
+    ],
+)
+def test_the_step_is_what_somebody_knows(tmp_path, counted, saved, loaded, step):
+    optimizer = Optimizer(state(step=counted))
+    names = dict(zip(state().layers, "xyz", strict=True))
+    save_optimizer(optimizer, tmp_path / "state", names=names, step=saved)
+    found = load_optimizer(
+        optimizer, tmp_path / "state", names=names, step=loaded, convert=True
+    )
+    assert optimizer.loaded == (found, names, True)
+    assert (found.step, [*found.layers]) == (step, ["x", "y", "z"])
+
+
+def test_a_step_that_contradicts_is_refused(tmp_path):
+    optimizer, file = Optimizer(state()), tmp_path / "state"
+    message = "step=8, but 7 steps were counted: leave step away"
+    with pytest.raises(ValueError, match=message):
+        save_optimizer(optimizer, file, step=8)
+    assert not file.exists()
+    save_optimizer(optimizer, file)
+    with pytest.raises(ValueError, match=message):
+        load_optimizer(optimizer, file, step=8)
+    with pytest.raises(ValueError, match="step must be None or an int >= 0, got -1"):
+        save_optimizer(Optimizer(state(step=None)), file, step=-1)
+    assert not hasattr(optimizer, "loaded")
+
+
+def test_other_optimizers_are_refused(tmp_path):
+    for function in (save_optimizer, load_optimizer):
+        with pytest.raises(TypeError, match=r"is a object, expected a larskit\.torch"):
+            function(object(), tmp_path / "state")
+
+
+def test_a_failure_while_a_state_is_written_leaves_the_old_one(tmp_path, monkeypatch):
+    write_state(state(), tmp_path / "state")
+
+    def fail(_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_state(state(step=8), tmp_path / "state")
+    assert read_state(tmp_path / "state").step == 7
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_a_process_that_is_killed_while_a_state_is_written_leaves_the_old(tmp_path):
+    write_state(state(), tmp_path / "state")
+    code = (
+        "import os, sys\n"
+        "from larskit.checkpoint import read_state, write_state\n"
+        "state = read_state(sys.argv[1])\n"
+        "os.fsync = lambda _: os._exit(9)\n"
+        "write_state(state.renamed(str.upper), sys.argv[1])\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "state")]
+    assert subprocess.run(command, check=False).returncode == 9
+    assert [*read_state(tmp_path / "state").layers] == [*state().layers]
+
+
+@pytest.mark.parametrize("package", ["safetensors", "ml_dtypes"])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
+    write_state(state(), tmp_path / "state")
+    monkeypatch.setitem(sys.modules, package, None)
+    message = re.escape(f"checkpoints need {package}: pip install {package}")
+    with pytest.raises(ModuleNotFoundError, match=message):
+        read_state(tmp_path / "state")

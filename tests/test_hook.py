@@ -206,9 +206,9 @@ def test_the_native_engine_rescales_to_the_bit(
     taken = []
     rescale_ = native.Group.rescale_
 
-    def counted(group: Any, config: Any) -> Any:
+    def counted(group: Any, *arguments: Any) -> Any:
         taken.append(len(group.weights))
-        return rescale_(group, config)
+        return rescale_(group, *arguments)
 
     def rescaled() -> Any:
         generator = np.random.default_rng(0)
@@ -767,30 +767,72 @@ def test_wrong_hyperparameters_stop_the_step(params: Any) -> None:
 
 
 @pytest.fixture
-def sharded() -> Iterator[torch.nn.Parameter]:
+def mesh() -> Iterator[Any]:
     from torch import distributed
-    from torch.distributed.tensor import distribute_tensor
 
     distributed.init_process_group(
         "gloo", store=distributed.HashStore(), rank=0, world_size=1
     )
-    mesh = distributed.init_device_mesh("cpu", (1,))
-    yield torch.nn.Parameter(distribute_tensor(torch.ones(2), mesh))
+    yield distributed.init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
 
 
-def test_sharded_layers_are_refused(sharded: torch.nn.Parameter, params: Any) -> None:
-    message = "parameter {} is a DTensor, but .* not support sharded layers"
-    optimizer = torch.optim.SGD([sharded], 0.1)
+def placed(x: torch.Tensor, mesh: Any, how: str) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    if how == "plain":
+        return x
+    kinds = {"shard": Shard(0), "sum": Partial(), "replica": Replicate()}
+    return DTensor.from_local(x, mesh, [kinds[how]], run_check=False)
+
+
+def test_a_sum_that_is_not_complete_has_no_length(mesh: Any, params: Any) -> None:
+    message = "parameter {} is a DTensor placed as .*Partial.* shard or replicate it"
+    bad = torch.nn.Parameter(placed(torch.ones(2), mesh, "sum"))
+    bad.grad = torch.zeros_like(bad)
+    with pytest.raises(TypeError, match=message.replace("eter {}", r"\.data")):
+        GradientLARS()(None, bad)
+    optimizer = torch.optim.SGD([bad], 0.1)
     with pytest.raises(TypeError, match=message.format(0)):
         GradientLARS().attach(optimizer)
     assert "step" not in vars(optimizer)
     optimizer = torch.optim.SGD(params, 0.1)
     GradientLARS().attach(optimizer)
-    optimizer.add_param_group({"params": [sharded]})
-    sharded.grad = torch.zeros_like(sharded)
+    optimizer.add_param_group({"params": [bad]})
     with kept(params), pytest.raises(TypeError, match=message.format(5)):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("weight", "gradient"), [("shard", "plain"), ("plain", "shard"), ("plain", "sum")]
+)
+def test_weights_and_gradients_lie_on_one_mesh(
+    mesh: Any, params: Any, weight: str, gradient: str
+) -> None:
+    p = torch.nn.Parameter(placed(torch.ones(2), mesh, weight))
+    p.grad = own = placed(torch.ones(2), mesh, gradient)
+    optimizer = torch.optim.SGD([*params, p], 0.1)
+    GradientLARS().attach(optimizer)
+    message = "the gradient of parameter 5 is a .* distribute both over one mesh"
+    with kept(params), pytest.raises(TypeError, match=message):
+        optimizer.step()
+    assert p.grad is own
+    with pytest.raises(TypeError, match=r"param\.grad is a .* over one mesh"):
+        GradientLARS()(None, p)
+
+
+def test_a_sharded_gradient_is_rescaled_in_place(mesh: Any) -> None:
+    w, g = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.1])
+    p = torch.nn.Parameter(placed(w, mesh, "shard"))
+    held = g.clone()
+    p.grad = own = placed(held, mesh, "shard")
+    GradientLARS()(None, p)
+    assert p.grad is own
+    assert torch.equal(held, torch.from_numpy(rescaled(w, g)).float())
+    p.grad = placed(g, mesh, "replica")
+    with pytest.raises(TypeError, match=r"expected .*Shard.* redistribute it first"):
+        GradientLARS()(None, p)
+    assert torch.equal(g, torch.tensor([0.0, 0.1]))
 
 
 def test_only_torch_optimizers_are_attached_to(params: Any) -> None:

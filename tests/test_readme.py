@@ -23,7 +23,8 @@ def test_the_code_runs_in_the_order_it_stands(capsys):
 @pytest.mark.parametrize(
     "document", sorted((ROOT / "docs").glob("*.md")), ids=lambda d: d.name
 )
-def test_the_code_of_a_document_runs(document):
+def test_the_code_of_a_document_runs(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     scope = {}
     for block in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL):
         exec(compile(block, document.name, "exec"), scope)

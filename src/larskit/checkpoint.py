@@ -1,17 +1,31 @@
-"""Files that are whole or not there: safetensors of named arrays, and any other kind.
+"""Files that are whole or not there: optimizer state, named arrays, and any other kind.
 
 A file is written beside its destination, flushed to the disk and moved into place in
 one step, so that whatever interrupts the writing leaves the old file as it was.
+
+The state of an optimizer is a `PortableState`, which knows no framework. Every face
+gives and takes it: ``portable_state()`` and ``load_portable_state(state, ...)``.
+docs/checkpoints.md describes the file.
 """
 
+import json
+import operator
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+FORMAT = 1
+Names = Mapping[str, str] | Callable[[str], str] | None
+
+_UNSIGNED = b"0" * 64
 _DTYPES = {
     "BOOL": "bool",
     "I8": "int8",
@@ -94,8 +108,13 @@ def save(tensors: Mapping[str, Any], filename: str | os.PathLike[str]) -> None:
     OSError
         As `atomic` does.
     """
-    from safetensors.numpy import save as serialize
+    data = _serialized(tensors)
+    with atomic(filename) as file:
+        file.write(data)
 
+
+def _serialized(tensors: Mapping[str, Any], metadata: Any = None) -> bytes:
+    serialize = _module("safetensors.numpy").save
     arrays = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     for name, array in arrays.items():
         if array.dtype.name not in _DTYPES.values():
@@ -103,9 +122,7 @@ def save(tensors: Mapping[str, Any], filename: str | os.PathLike[str]) -> None:
                 f"{name!r} has the dtype {array.dtype}, expected one of "
                 f"{', '.join(_DTYPES.values())}: convert it first"
             )
-    data = serialize(arrays)
-    with atomic(filename) as file:
-        file.write(data)
+    return serialize(arrays, metadata)
 
 
 def load(filename: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -129,16 +146,459 @@ def load(filename: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     OSError
         It cannot be read.
     """
-    from safetensors import SafetensorError, deserialize
+    return _arrays(Path(filename).read_bytes(), filename)
 
-    data = Path(filename).read_bytes()
+
+def _arrays(data: bytes, filename: Any) -> dict[str, np.ndarray]:
+    safetensors = _module("safetensors")
     try:
-        return {name: _array(**view) for name, view in deserialize(data)}
-    except (SafetensorError, KeyError) as why:
+        views = safetensors.deserialize(data)
+        return {name: _array(**view) for name, view in views}
+    except (safetensors.SafetensorError, KeyError) as why:
         raise ValueError(
             f"{filename} is torn, or no safetensors file of arrays ({why}): write it "
             "again, or name another file"
         ) from why
+
+
+@dataclass(frozen=True, eq=False)
+class PortableState:
+    """The state of an optimizer, without the framework.
+
+    Parameters
+    ----------
+    step : int or None
+        The number of steps taken; None where the optimizer does not count them, as that
+        of PyTorch.
+    layers : mapping of str to mapping
+        For each layer, by name, the hyper-parameters of `larskit.config.Config`, and
+        ``"lr"``: the learning rate of the next step, or None.
+    momentum : mapping of str to numpy.ndarray
+        The momentum buffers. A layer that has not stepped yet may be absent.
+    master : mapping of str to numpy.ndarray, optional
+        The wide copies of narrow weights, where there are any.
+
+    Raises
+    ------
+    ValueError
+        `step` is no count, a layer is no mapping, or an array belongs to no layer.
+    """
+
+    step: int | None
+    layers: Mapping[str, Mapping[str, Any]]
+    momentum: Mapping[str, np.ndarray]
+    master: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that the parts belong together."""
+        if self.step is not None and (type(self.step) is not int or self.step < 0):
+            raise ValueError(f"step must be None or an int >= 0, got {self.step!r}")
+        for name, layer in self.layers.items():
+            if not isinstance(layer, Mapping):
+                raise ValueError(f"layer {name!r} must be a mapping, got {layer!r}")
+        for kind, arrays in self._arrays().items():
+            if strange := [name for name in arrays if name not in self.layers]:
+                raise ValueError(f"{kind} has {_listed(strange)}, which is no layer")
+
+    def _arrays(self) -> dict[str, Mapping[str, np.ndarray]]:
+        return {"momentum": self.momentum, "master": self.master}
+
+    def renamed(self, names: Names) -> "PortableState":
+        """Return the state under other names.
+
+        Parameters
+        ----------
+        names : mapping or callable, or None
+            From the present names to the new ones.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Listing the layers that have no new name, or no name of their own.
+        """
+        new = _mapped(self.layers, names)
+        parts = {"layers": self.layers, **self._arrays()}
+        return replace(
+            self,
+            **{
+                part: {new[name]: x for name, x in named.items()}
+                for part, named in parts.items()
+            },
+        )
+
+    def fitted(
+        self,
+        layers: Mapping[str, Mapping[str, Any]],
+        weights: Mapping[str, Any],
+        *,
+        names: Names = None,
+        convert: bool = False,
+        masters: Collection[str] = (),
+    ) -> "PortableState":
+        """Return the state under an optimizer's own names, if it fits the optimizer.
+
+        Parameters
+        ----------
+        layers : mapping of str to mapping
+            The hyper-parameters of the optimizer's layers, see `layer`. All but the
+            learning rates must agree.
+        weights : mapping of str to array
+            The layers, of any framework: their shapes must agree.
+        names, convert
+            See `load_optimizer`.
+        masters : collection of str
+            The layers that can take a wide copy of their weights.
+
+        Raises
+        ------
+        ValueError, TypeError
+            It does not fit, and why.
+        """
+        own = {saved: name for name, saved in _mapped(layers, names).items()}
+        for fault, wrong in (
+            ("misses", [saved for saved in own if saved not in self.layers]),
+            ("has the extra", [saved for saved in self.layers if saved not in own]),
+        ):
+            if wrong:
+                raise ValueError(
+                    f"the saved state {fault} {_listed(wrong)}, expected the layers of "
+                    "the optimizer: pass names= if they bear other names"
+                )
+        found = self.renamed(own)
+        for name, layer in layers.items():
+            _check_agreement(name, found.layers[name], layer, convert)
+        for kind, arrays in found._arrays().items():
+            for name, x in arrays.items():
+                _check_alike(f"the saved {kind} of {name!r}", x, weights[name])
+        if strange := [name for name in found.master if name not in masters]:
+            raise ValueError(
+                f"the saved state has master weights of {_listed(strange)}, which the "
+                "optimizer cannot take: load dataclasses.replace(state, master={}) and "
+                "put them into the weights yourself"
+            )
+        return found
+
+    def converted(self, layers: Mapping[str, Mapping[str, Any]]) -> "PortableState":
+        """Return the state with its momentum where `layers` have the learning rate.
+
+        Inside the buffer is ``lr`` times that outside, with the ``lr`` of `layers`.
+
+        Raises
+        ------
+        ValueError
+            That is needed and is None or 0.
+        """
+        return replace(
+            self,
+            momentum={
+                name: _placed(name, v, self.layers[name], layers[name])
+                for name, v in self.momentum.items()
+            },
+        )
+
+    def common_lr(self, names: Iterable[str]) -> float | None:
+        """Return the learning rate of layers that share one; None if none was saved.
+
+        Raises
+        ------
+        ValueError
+            They were saved with several.
+        """
+        found = {self.layers[name].get("lr"): name for name in names}
+        if len(found) > 1:
+            (one, a), (other, b), *_ = found.items()
+            raise ValueError(
+                f"the saved learning rate of {a!r} is {one} and that of {b!r} {other}, "
+                "but here they share one: give them parameter groups of their own, or "
+                "one rate before saving"
+            )
+        return next(iter(found), None)
+
+
+def layer(lr: Any, config: Any) -> dict[str, Any]:
+    """Return what `PortableState` says of a layer, in plain numbers and strings."""
+    values = {"lr": lr, **vars(config)}
+    return {
+        name: x if x is None or isinstance(x, (bool, str)) else float(x)
+        for name, x in values.items()
+    }
+
+
+def save_optimizer(
+    optimizer: Any,
+    filename: str | os.PathLike[str],
+    *,
+    names: Names = None,
+    step: int | None = None,
+) -> None:
+    """Write the state of an optimizer to a file that every framework can resume from.
+
+    The weights are the model's and are not in it.
+
+    Parameters
+    ----------
+    optimizer : larskit.torch.LARS or larskit.jax.LARS
+        Where its parameters are sharded over processes, every process must call.
+    filename : path
+        See `atomic`.
+    names : mapping of str to str, or callable, optional
+        From the optimizer's names of the layers to those in the file.
+    step : int, optional
+        The number of steps taken, for an optimizer that does not count them
+        (PyTorch's); others need it to resume.
+
+    Raises
+    ------
+    TypeError
+        It is no such optimizer.
+    ValueError
+        `names` misses a layer or gives one name to two, or the optimizer has counted
+        another number of steps.
+    OSError
+        As `atomic` does.
+
+    Examples
+    --------
+    >>> save_optimizer(optimizer, "optimizer.safetensors", step=1200)
+    """
+    _check_portable(optimizer)
+    state = _counted(optimizer.portable_state(), step)
+    write_state(state.renamed(names), filename)
+
+
+def load_optimizer(
+    optimizer: Any,
+    filename: str | os.PathLike[str],
+    *,
+    names: Names = None,
+    step: int | None = None,
+    convert: bool = False,
+) -> PortableState:
+    """Set an optimizer to the state in a file, from whatever framework.
+
+    Parameters
+    ----------
+    optimizer : larskit.torch.LARS or larskit.jax.LARS
+        Over layers of the saved shapes, and with the saved hyper-parameters. Its
+        learning rates may differ and become the saved ones; a schedule stays.
+    filename : path
+        A file of `save_optimizer` or `write_state`.
+    names : mapping of str to str, or callable, optional
+        From the optimizer's names of the layers to those in the file.
+    step : int, optional
+        The number of steps taken, where the file does not say.
+    convert : bool, default=False
+        Whether the momentum may be converted if `lr_placement` is the other one.
+
+    Returns
+    -------
+    PortableState
+        What the file holds, with its ``step``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The file is damaged or of another kind or version, or does not fit the
+        optimizer. The optimizer is as it was then.
+    OSError
+        It cannot be read.
+
+    Notes
+    -----
+    A buffer becomes an array of the dtype of its weights.
+    """
+    _check_portable(optimizer)
+    state = _counted(read_state(filename), step)
+    optimizer.load_portable_state(state, names=names, convert=convert)
+    return state
+
+
+def write_state(state: PortableState, filename: str | os.PathLike[str]) -> None:
+    """Write a state to a file, all of it or nothing.
+
+    Parameters
+    ----------
+    state : PortableState
+        What an optimizer's ``portable_state()`` or `larskit.functional.to_portable`
+        returned.
+    filename : path
+        See `atomic`.
+    """
+    about = {
+        "format": FORMAT,
+        "sha256": _UNSIGNED.decode(),
+        "step": state.step,
+        "layers": state.layers,
+    }
+    tensors = {
+        f"{kind}/{name}": x
+        for kind, arrays in state._arrays().items()
+        for name, x in arrays.items()
+    }
+    data = _serialized(tensors, {"larskit": json.dumps(about)})
+    before, unsigned, after = data.partition(_UNSIGNED)
+    with atomic(filename) as file:
+        for part in (before, _checksum(before, unsigned, after).encode(), after):
+            file.write(part)
+
+
+def read_state(filename: str | os.PathLike[str]) -> PortableState:
+    """Read what `write_state` or `save_optimizer` wrote.
+
+    Parameters
+    ----------
+    filename : path
+
+    Returns
+    -------
+    PortableState
+
+    Raises
+    ------
+    ValueError
+        The file is damaged, of another kind, or of a newer version of larskit.
+    OSError
+        It cannot be read.
+    """
+    data = Path(filename).read_bytes()
+    tensors = _arrays(data, filename)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    about = header.get("__metadata__", {}).get("larskit")
+    if about is None:
+        raise ValueError(
+            f"{filename} holds arrays, but not the state of an optimizer: name a file "
+            "that save_optimizer or write_state has written"
+        )
+    try:
+        return _state(json.loads(about), tensors, data)
+    except ValueError as why:
+        raise ValueError(f"{filename} cannot be used: {why}") from why
+    except (AttributeError, KeyError, TypeError) as why:
+        raise ValueError(
+            f"{filename} breaks the rules of its format ({why!r}): write it anew, see "
+            "docs/checkpoints.md"
+        ) from why
+
+
+def _state(about: Any, tensors: dict[str, np.ndarray], data: bytes) -> PortableState:
+    if about["format"] != FORMAT:
+        raise ValueError(
+            f"it has the format {about['format']}, this larskit reads {FORMAT}: update "
+            "larskit"
+        )
+    before, signature, after = data.partition(about["sha256"].encode())
+    if _checksum(before, _UNSIGNED, after) != signature.decode():
+        raise ValueError("it was damaged after it was written: take another copy")
+    arrays: dict[str, dict[str, np.ndarray]] = {"momentum": {}, "master": {}}
+    for path, x in sorted(tensors.items()):
+        kind, _, name = path.partition("/")
+        arrays[kind][name] = x
+    return PortableState(about["step"], about["layers"], **arrays)
+
+
+def _checksum(*parts: bytes) -> str:
+    found = sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
+
+
+def _check_portable(optimizer: Any) -> None:
+    if not hasattr(optimizer, "load_portable_state"):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}, expected a larskit.torch.LARS "
+            "or a larskit.jax.LARS: for functional state see larskit.functional."
+            "to_portable"
+        )
+
+
+def _counted(state: PortableState, step: int | None) -> PortableState:
+    """Return the state with the number of steps that the user knows."""
+    if step is None:
+        return state
+    step = operator.index(step)
+    if state.step not in (None, step):
+        raise ValueError(
+            f"step={step}, but {state.step} steps were counted: leave step away"
+        )
+    return replace(state, step=step)
+
+
+def _mapped(own: Iterable[str], names: Names) -> dict[str, str]:
+    """Return the new name of each layer, all different."""
+    if isinstance(names, Mapping):
+        if missing := [name for name in own if name not in names]:
+            raise ValueError(f"names has nothing for {_listed(missing)}: add it")
+        new = {name: names[name] for name in own}
+    else:
+        new = {name: names(name) if names else name for name in own}
+    for name, other in new.items():
+        if not isinstance(other, str):
+            raise TypeError(f"names makes {other!r} of {name!r}, expected a string")
+    if twice := [name for name, n in Counter(new.values()).items() if n > 1]:
+        raise ValueError(
+            f"names makes {_listed(twice)} of more than one layer: give each its own"
+        )
+    return new
+
+
+def _check_agreement(
+    name: str, saved: Mapping[str, Any], own: Mapping[str, Any], convert: bool
+) -> None:
+    """Refuse hyper-parameters that differ in their effect, all but the rate."""
+    saved, own = _effective(saved), _effective(own)
+    for key in {**own, **saved}:
+        a, b = own.get(key), saved.get(key)
+        converts = key == "lr_placement" and b in ("inside", "outside")
+        if a != b and not (converts and convert):
+            remedy = (
+                "pass convert=True to convert its momentum"
+                if converts
+                else "give the optimizer the saved value, which may be changed later"
+            )
+            raise ValueError(
+                f"{name!r} has in effect {key}={a!r} here but {key}={b!r} in the saved "
+                f"state: {remedy}"
+            )
+
+
+def _effective(layer: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: x for key, x in layer.items() if key not in ("lr", "decay")}
+    return found if layer.get("decay") else {**found, "weight_decay": 0.0}
+
+
+def _check_alike(what: str, x: np.ndarray, w: Any) -> None:
+    if x.shape != tuple(w.shape):
+        raise ValueError(
+            f"{what} has the shape {x.shape}, expected {tuple(w.shape)}: nothing is "
+            "transposed, the layers must be laid out alike"
+        )
+    if ("complex" in x.dtype.name) != ("complex" in str(w.dtype)):
+        raise ValueError(
+            f"{what} has the dtype {x.dtype}, but the weights have {w.dtype}: make "
+            "both complex or none"
+        )
+
+
+def _placed(
+    name: str, v: np.ndarray, saved: Mapping[str, Any], own: Mapping[str, Any]
+) -> np.ndarray:
+    if saved["lr_placement"] == own["lr_placement"]:
+        return v
+    lr = own["lr"]
+    if lr is None or not 0 < lr < np.inf:
+        raise ValueError(
+            f"the momentum of {name!r} cannot be converted at the learning rate {lr}: "
+            "load it where the rate is known and above 0"
+        )
+    v = v.astype(np.result_type(v, np.float64))
+    return v * lr if own["lr_placement"] == "inside" else v / lr
+
+
+def _listed(names: Collection[str]) -> str:
+    """List some names; the first few of many."""
+    shown = ", ".join(map(repr, [*names][:8]))
+    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
 
 
 def _encoding(mode: str) -> str | None:
@@ -146,12 +606,21 @@ def _encoding(mode: str) -> str | None:
 
 
 def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
-    return np.frombuffer(data, _numpy_dtype(_DTYPES[dtype])).reshape(shape)
+    return np.frombuffer(data, numpy_dtype(_DTYPES[dtype])).reshape(shape)
 
 
-def _numpy_dtype(name: str) -> np.dtype:
+def numpy_dtype(name: str) -> np.dtype:
+    """Return the dtype called `name`, also that of bfloat16."""
     if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(_module("ml_dtypes").bfloat16)
     return np.dtype(name)
+
+
+def _module(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as why:
+        package = name.partition(".")[0]
+        raise ModuleNotFoundError(
+            f"checkpoints need {package}: pip install {package}"
+        ) from why

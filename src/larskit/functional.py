@@ -4,7 +4,10 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import array_api_compat
+import numpy as np
 
 from larskit import rule
 from larskit.arrays import (
@@ -33,6 +36,9 @@ from larskit.tree import (
     unflatten,
     unwrap,
 )
+
+if TYPE_CHECKING:
+    from larskit.checkpoint import Names, PortableState
 
 
 def lars_update(
@@ -290,6 +296,155 @@ def update(
     return new_params, State(state.count + 1, new_momentum)
 
 
+def to_portable(
+    params: Any,
+    state: State,
+    lr: Any = None,
+    *,
+    adapt: Selection = None,
+    decay: Selection = None,
+    **hyperparameters: Any,
+) -> "PortableState":
+    """Return the state in the form that the optimizers of all frameworks read.
+
+    Parameters
+    ----------
+    params, state
+        What the last `update` returned.
+    lr : float, array of one element, or a container of them, optional
+        The learning rate of the next step.
+    adapt, decay, **hyperparameters
+        Those that `update` is called with.
+
+    Returns
+    -------
+    PortableState
+        A copy, for `larskit.checkpoint.write_state`. The layers are named by their
+        dotted paths.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `update` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from larskit.checkpoint import read_state, write_state
+    >>> params, how = {"kernel": np.ones((2, 2))}, {"momentum": 0.8}
+    >>> params, state = update(params, params, init(params), 1.0, **how)
+    >>> write_state(to_portable(params, state, 1.0, **how), "state.safetensors")
+    >>> state = from_portable(read_state("state.safetensors"), params, **how)
+    """
+    from larskit.checkpoint import PortableState
+
+    layers = _Layers(params, "params")
+    described = layers.described(lr, adapt, decay, hyperparameters)
+    buffers = layers.like(state.momentum, "state.momentum")
+    step = int(state.count)
+    kept = zip(described, buffers, strict=True) if step else ()
+    momentum = {name: _to_numpy(v) for name, v in kept}
+    return PortableState(step, described, momentum)
+
+
+def from_portable(
+    portable: "PortableState",
+    params: Any,
+    lr: Any = None,
+    *,
+    names: "Names" = None,
+    convert: bool = False,
+    adapt: Selection = None,
+    decay: Selection = None,
+    **hyperparameters: Any,
+) -> State:
+    """Return the state with which `update` goes on where any optimizer stopped.
+
+    Parameters
+    ----------
+    portable : PortableState
+        What `larskit.checkpoint.read_state` or an optimizer's ``portable_state()``
+        returned.
+    params : array, or any nesting of containers
+        The parameters, in the saved shapes.
+    lr : float, array of one element, or a container of them, optional
+        The learning rate of the next step; by default the saved one. Only `convert`
+        looks at it.
+    names, convert
+        See `larskit.checkpoint.load_optimizer`.
+    adapt, decay, **hyperparameters
+        Those that `update` will be called with. They must agree with the saved ones.
+
+    Returns
+    -------
+    State
+        Arrays of the framework, dtypes and devices of the parameters.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The state does not fit, or does not say how many steps were taken.
+    """
+    layers = _Layers(params, "params")
+    described = layers.described(lr, adapt, decay, hyperparameters)
+    weights = dict(zip(described, layers.arrays, strict=True))
+    found = portable.fitted(described, weights, names=names, convert=convert)
+    _check_count(found)
+    for name, layer in described.items():
+        if layer["lr"] is None:
+            layer["lr"] = found.layers[name].get("lr")
+    found = found.converted(described)
+    start = init(params)
+    zeros = layers.like(start.momentum, "momentum")
+    momentum = [
+        _from_numpy(found.momentum[name], zero) if name in found.momentum else zero
+        for name, zero in zip(described, zeros, strict=True)
+    ]
+    return State(start.count + found.step, layers.rebuilt(momentum))
+
+
+def _check_count(portable: "PortableState") -> None:
+    """Refuse a state whose buffers and count do not tell first steps from later ones.
+
+    They have to with dampening, which a first step goes without.
+    """
+    step = portable.step
+    if step is None:
+        raise ValueError(
+            "the saved state does not say how many steps were taken, which State "
+            "counts: pass step= to save_optimizer, or dataclasses.replace(state, step=)"
+        )
+    for name, layer in portable.layers.items():
+        damped = layer["dampening"] and layer["denominator"] != "momentum"
+        if damped and (name in portable.momentum) != (step > 0):
+            has = "a" if name in portable.momentum else "no"
+            raise ValueError(
+                f"{name!r} has {has} momentum buffer after {step} steps, but State has "
+                "one count for all layers, and dampening depends on it: correct the "
+                "step, or go on in the framework that saved it"
+            )
+
+
+def _to_numpy(x: Any) -> np.ndarray:
+    """Copy an array to NumPy, in its dtype."""
+    from larskit.checkpoint import numpy_dtype
+
+    name = dtype_name(x)
+    x = cast(stop_gradient(x), "float32" if name == "bfloat16" else name)
+    if framework(x) in ("torch", "cupy"):
+        x = array_api_compat.to_device(x, "cpu")
+    return np.asarray(x).astype(numpy_dtype(name))
+
+
+def _from_numpy(x: np.ndarray, like: Any) -> Any:
+    """Return an array of the framework, dtype and device of `like`."""
+    x = x.astype(np.result_type(x, np.float32))  # only JAX knows NumPy's bfloat16
+    new = cast(namespace(like).asarray(x), dtype_name(like))
+    if framework(like) in ("torch", "cupy", "jax"):
+        return array_api_compat.to_device(new, array_api_compat.device(like))
+    return new
+
+
 def _at_step(config: Config, count: Any) -> Config:
     """Return `config` without its dampening where this is the first step."""
     dampening = config.dampening
@@ -388,6 +543,24 @@ class _Layers:
             chosen.append(select(selection, names, self.arrays, what))
             check_matched(selection, chosen[-1], what)
         return [replace(config, adapt=a, decay=d) for a, d in zip(*chosen, strict=True)]
+
+    def described(
+        self, lr: Any, adapt: Selection, decay: Selection, hyperparameters: Any
+    ) -> dict[str, dict[str, Any]]:
+        """Return what a `PortableState` says of each layer."""
+        from larskit.checkpoint import layer
+
+        configs = self.configs(Config(**hyperparameters), adapt, decay)
+        rates = [None] * len(configs) if lr is None else self.rates(lr, "lr")
+        found = {}
+        for path, rate, config in zip(self.paths, rates, configs, strict=True):
+            if dotted(path) in found:
+                raise ValueError(
+                    f"two leaves are called {dotted(path)!r}, so that a file cannot "
+                    "tell them apart: rename one"
+                )
+            found[dotted(path)] = layer(rate, config)
+        return found
 
     def rebuilt(self, arrays: Iterable[Any]) -> Any:
         """Return a container like that of the weights around `arrays`."""

@@ -7,6 +7,7 @@ step of a PyTorch optimizer, `GradientLARS.transform` into a chain of optax.
 import sys
 from collections.abc import Callable
 from functools import wraps
+from itertools import repeat
 from operator import is_not
 from types import MethodType
 from typing import Any, NamedTuple
@@ -14,13 +15,14 @@ from typing import Any, NamedTuple
 from larskit.arrays import (
     check_floating,
     is_array,
+    namespace,
     stop_gradient,
     unwritable,
     write,
 )
 from larskit.config import Config
 from larskit.engines import native
-from larskit.rule import scaled_gradient
+from larskit.rule import norm, scaled_gradient
 
 
 class GradientLARS:
@@ -117,6 +119,7 @@ class GradientLARS:
             Chainer's update rule; not looked at.
         param : object with ``array`` or ``data``, and ``grad``
             Two arrays of one shape and framework. Where one is None, nothing happens.
+            If they are sharded (DTensor), every process must call.
 
         Raises
         ------
@@ -133,8 +136,20 @@ class GradientLARS:
                 f"param.grad {reason}, but the hook writes it in place: pass an array "
                 "that can be written, or use GradientLARS.transform"
             )
-        if not _rescale_natively([w], [g], [g], self._config()):
-            write(g, scaled_gradient(w, g, self._config()), "param.grad")
+        norms = None
+        if _is_sharded(w):
+            _check_own_length(w, "param.data")
+            if g.placements != w.placements:
+                raise TypeError(
+                    f"param.grad is placed as {g.placements}, expected {w.placements}, "
+                    "as param.data, to be written in place: redistribute it first"
+                )
+            layer, w, g = w, w.to_local(), g.to_local()
+            norms = _lengths_together([layer], {layer: g})
+        config = self._config()
+        if not _rescale_natively([w], [g], [g], config, norms):
+            of_layer = None if norms is None else (norms[0][0], norms[1][0])
+            write(g, scaled_gradient(w, g, config, norms=of_layer), "param.grad")
 
     def attach(self, optimizer: Any) -> "Attachment":
         """Rescale the gradients of a PyTorch optimizer while it steps.
@@ -158,8 +173,9 @@ class GradientLARS:
         Raises
         ------
         TypeError
-            If `optimizer` is of another kind, or holds a DTensor; from ``step()``, if a
-            gradient is sparse. Nothing has changed then.
+            If `optimizer` is of another kind, or holds a parameter of FSDP1 or a
+            DTensor that is a sum not complete; from ``step()``, if a gradient is
+            sparse, or not on the mesh of its parameter. Nothing has changed then.
         ValueError
             If the optimizer is differentiable.
 
@@ -173,6 +189,10 @@ class GradientLARS:
         `torch.amp.GradScaler` needs nothing. Fused optimizers get gradients that are
         still multiplied by the loss scale, and so does the result: the ratio does not
         depend on it.
+
+        Parameters may be sharded (DTensor): every process must step then, also one
+        without gradients, and they find the lengths of the whole layers in one
+        all-reduce. The inner optimizer sees DTensors, placed as the parameters are.
 
         Copies, pickles and the ``state_dict`` of the optimizer come without the hook.
         """
@@ -188,7 +208,7 @@ class GradientLARS:
                 "not support: make it with differentiable=False"
             )
         for i, p in enumerate(_parameters(optimizer)):
-            _check_whole(p, f"parameter {i}")
+            _check_own_length(p, f"parameter {i}")
         return Attachment(self, optimizer)
 
     def transform(self) -> Any:
@@ -325,27 +345,33 @@ class _Gradients:
         for i, p in enumerate(_parameters(self._optimizer)):
             if p.grad is None:
                 continue
+            _check_own_length(p, f"parameter {i}")
             w, g = stop_gradient(p), stop_gradient(p.grad)
             _check(w, g, f"parameter {i}", f"the gradient of parameter {i}")
             own.append((p, p.grad))
         new = self._rescaled(own, config)
         self._own = own
-        for (p, _), g in zip(own, new, strict=True):
+        for p, g in new.items():
             p.grad = g
 
-    def _rescaled(self, own: list[tuple[Any, Any]], config: Config) -> list[Any]:
-        """Return the rescaled gradients, of one kind after the other."""
-        kinds: dict[Any, list[int]] = {}
-        for i, (p, g) in enumerate(own):
-            kinds.setdefault((p.device, p.dtype, g.dtype), []).append(i)
-        new: list[Any] = [None] * len(own)
-        for kind in kinds.values():
-            scale = _loss_scale(self._optimizer, own[kind[0]][0])
-            w = [stop_gradient(own[i][0]) for i in kind]
-            g = [stop_gradient(own[i][1]) for i in kind]
-            for i, x in zip(kind, _rescaled(w, g, config, scale), strict=True):
-                new[i] = x
-        return new
+    def _rescaled(self, own: list[tuple[Any, Any]], config: Config) -> dict[Any, Any]:
+        """Return the rescaled gradients by parameter, one kind after the other."""
+        here = {p: _held_here(g, p) for p, g in own}
+        layers = [p for p in _parameters(self._optimizer) if _is_sharded(p)]
+        lengths = _lengths_together(layers, here) if layers else ()
+        rows = {p: row for row, p in enumerate(layers)}
+        kinds: dict[Any, list[Any]] = {}
+        for p, g in here.items():
+            kinds.setdefault((p in rows, p.device, p.dtype, g.dtype), []).append(p)
+        new = {}
+        for (sharded, *_), kind in kinds.items():
+            w, g = [_held_here(p, p) for p in kind], [here[p] for p in kind]
+            norms = None
+            if sharded:
+                norms = [column[[rows[p] for p in kind]] for column in lengths]
+            scale = _loss_scale(self._optimizer, kind[0])
+            new |= zip(kind, _rescaled(w, g, config, scale, norms), strict=True)
+        return {p: _placed_as(p, g) for p, g in new.items()}
 
     def put_back(self) -> None:
         """Restore the optimizer's own gradients; those that were dropped stay so."""
@@ -356,19 +382,24 @@ class _Gradients:
 
 
 def _rescaled(
-    weights: list[Any], gradients: list[Any], config: Config, scale: Any
+    weights: list[Any], gradients: list[Any], config: Config, scale: Any, norms: Any
 ) -> list[Any]:
     """Return new gradients of one kind, by the native engine where it takes them."""
     if isinstance(scale, float) and scale == 1.0 and native.fits(weights[0]):
         results = [native.empty_like(g) for g in gradients]
-        if _rescale_natively(weights, gradients, results, config):
+        if _rescale_natively(weights, gradients, results, config, norms):
             return results
-    pairs = zip(weights, gradients, strict=True)
-    return [scaled_gradient(w, g, config, scale) for w, g in pairs]
+    of_layers = repeat(None) if norms is None else zip(*norms, strict=True)
+    rows = zip(weights, gradients, of_layers, strict=False)
+    return [scaled_gradient(w, g, config, scale, lengths) for w, g, lengths in rows]
 
 
 def _rescale_natively(
-    weights: list[Any], gradients: list[Any], results: list[Any], config: Config
+    weights: list[Any],
+    gradients: list[Any],
+    results: list[Any],
+    config: Config,
+    norms: Any = None,
 ) -> bool:
     """Write the rescaled gradients in C++; False where that cannot be."""
     nothing = [None] * len(weights)
@@ -376,8 +407,51 @@ def _rescale_natively(
         group = native.Group(weights, gradients, nothing, results, rescales=True)
     except native.Unfit:
         return False
-    group.rescale_(config)
+    group.rescale_(config, norms)
     return True
+
+
+def _is_sharded(x: Any) -> bool:
+    return type(x).__name__ == "DTensor"
+
+
+def _held_here(x: Any, layer: Any) -> Any:
+    """Return what this process holds of `x`, placed as `layer` is."""
+    x = stop_gradient(x)
+    if not _is_sharded(layer):
+        return x
+    from larskit.norms import dtensor
+
+    return dtensor.shard(x, layer)
+
+
+def _placed_as(layer: Any, shard: Any) -> Any:
+    """Return a tensor of the kind of `layer`, of which this process holds `shard`."""
+    if not _is_sharded(layer):
+        return shard
+    from larskit.norms import dtensor
+
+    return dtensor.assemble(shard, layer)
+
+
+def _lengths_together(layers: list[Any], gradients: dict[Any, Any]) -> Any:
+    """Return the lengths of sharded layers and of their gradients, as two columns.
+
+    A layer without a gradient in this process takes part, with zeros.
+    """
+    from larskit.norms import dtensor
+
+    shards = [_held_here(p, p) for p in layers] + [gradients.get(p) for p in layers]
+    found = dtensor.lengths(shards, layers * 2, _lengths)
+    return found.reshape(2, len(layers))
+
+
+def _lengths(shards: list[Any]) -> Any:
+    try:
+        return native.lengths(shards)
+    except native.Unfit:
+        found = [norm(x) for x in shards]
+        return namespace(found[0]).stack(found)
 
 
 def _parameters(optimizer: Any) -> list[Any]:
@@ -394,7 +468,6 @@ def _loss_scale(optimizer: Any, p: Any) -> Any:
 
 def _check(w: Any, g: Any, w_name: str, g_name: str) -> None:
     """Refuse what cannot be rescaled, before anything changes."""
-    _check_whole(w, w_name)
     for x, name in ((w, w_name), (g, g_name)):
         if not is_array(x):
             raise TypeError(f"{name} is a {type(x).__name__}, expected an array")
@@ -404,11 +477,27 @@ def _check(w: Any, g: Any, w_name: str, g_name: str) -> None:
             f"{g_name} has the shape {tuple(g.shape)}, expected that of {w_name}, "
             f"{tuple(w.shape)}"
         )
-
-
-def _check_whole(w: Any, name: str) -> None:
-    if type(w).__name__ == "DTensor":
+    if _mesh(w) != _mesh(g):
         raise TypeError(
-            f"{name} is a DTensor, but GradientLARS does not support sharded layers in "
-            "this version: keep the layer whole on every process"
+            f"{g_name} is a {type(g).__name__} on the mesh {_mesh(g)}, but {w_name} a "
+            f"{type(w).__name__} on {_mesh(w)}: distribute both over one mesh"
+        )
+
+
+def _mesh(x: Any) -> Any:
+    return x.device_mesh if _is_sharded(x) else None
+
+
+def _check_own_length(p: Any, name: str) -> None:
+    """Refuse a torch parameter whose length the processes cannot find."""
+    if _is_sharded(p) and any(placement.is_partial() for placement in p.placements):
+        raise TypeError(
+            f"{name} is a DTensor placed as {p.placements}: a sum that is not complete "
+            "has no length; shard or replicate it"
+        )
+    if getattr(p, "_fsdp_flattened", False):  # also with use_orig_params=True
+        raise TypeError(
+            f"{name} is part of FSDP1's flat parameter, in which layers lie end to end "
+            "and are cut anywhere, so that none has its own length here: use "
+            "fully_shard (FSDP2)"
         )

@@ -243,14 +243,16 @@ def update(
     return *step(w, g, v, ratio, lr, config), Lengths(w_norm, q, ratio)
 
 
-def scaled_gradient(w: Any, g: Any, config: Config, scale: Any = 1.0) -> Any:
+def scaled_gradient(
+    w: Any, g: Any, config: Config, scale: Any = 1.0, norms: Any = None
+) -> Any:
     """Return ``r*u`` in the dtype of `g`: the gradient an inner optimizer steps with.
 
-    `scale` is what the loss, hence `g` and the result, was multiplied by.
+    `scale` is what the loss, hence `g` and the result, was multiplied by; `norms` is as
+    in `update`, and scaled as `g` is.
     """
     scaled = replace(config, weight_decay=weight_decay(config) * scale)
-    w_norm = norm(w)
-    q = norm(measured(w, g, None, scaled)) / scalar(scale, w_norm)
-    ratio = trust_ratio(w_norm, q, 0.0, config)
+    w_norm, q = norms or (norm(w), norm(measured(w, g, None, scaled)))
+    ratio = trust_ratio(w_norm, q / scalar(scale, w_norm), 0.0, config)
     u = decayed(w, g, scaled)
     return cast(rounded(ratio, u) * u, dtype_name(g))

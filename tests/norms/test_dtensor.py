@@ -1,26 +1,19 @@
 """The lengths of sharded layers, in real processes, against the layers whole."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 
-PROGRAM = Path(__file__).parent / "live" / "sharded.py"
+from larskit.norms import dtensor
+
 # An all-reduce for all lengths; one more for each layer whose gradient is a sum that is
 # not complete, which is completed first.
 LENGTHS = "c10d.allreduce_"
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n} processes")
-def results(request, tmp_path_factory):
-    file = tmp_path_factory.mktemp("sharded") / "results.json"
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command = [sys.executable, "-m", *launcher, str(request.param), PROGRAM, file]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(file.read_text())
+def results(request, launch):
+    return launch("sharded.py", request.param)
 
 
 def test_sharded_steps_are_those_of_whole_layers(results):
@@ -39,3 +32,13 @@ def test_one_collective_finds_all_lengths(results):
             continue
         expected = {} if "all replicated" in name else {LENGTHS: 1}
         assert found["collectives"] == expected, name
+
+
+def test_an_equal_mesh_of_new_processes_has_groups_of_its_own():
+    for _ in range(2):
+        distributed.init_process_group(
+            "gloo", store=distributed.HashStore(), rank=0, world_size=1
+        )
+        mesh = init_device_mesh("cpu", (1,))
+        assert dtensor._groups(mesh, (0,)) == [mesh.get_group(0)]
+        distributed.destroy_process_group()

@@ -208,7 +208,7 @@ def test_everything_can_differ_between_groups():
     optimizer.step()
     torch.testing.assert_close(a.detach(), torch.full((2, 2), 0.999))
     torch.testing.assert_close(b.detach(), torch.zeros(2, 2))
-    assert optimizer.param_groups[1]["adapt"] == (True,)
+    assert optimizer.param_groups[1]["adapt"] is True
 
 
 def test_torch_schedulers_drive_it():
@@ -564,8 +564,8 @@ class TestParamGroups:
         optimizer = LARS(groups, 2.0)
         rates = [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
         assert rates == [(2.0, 0.1), (0.01, 0.1)]
-        assert optimizer.param_groups[0]["adapt"] == (True, True)
-        assert optimizer.param_groups[1]["decay"] == (False,) * 4
+        assert optimizer.param_groups[0]["adapt"] is True
+        assert optimizer.param_groups[1]["decay"] is False
 
     def test_frozen_and_shared_parameters(self):
         net = model()

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from larskit import rule
+from larskit import checkpoint, rule
 from larskit.arrays import check_floating, is_array
+from larskit.checkpoint import Names, PortableState
 from larskit.config import Config, check_lr, is_number
 from larskit.jax.variables import Node, Variable, family, fitting, native, read, write
 
@@ -334,6 +335,74 @@ class LARS(Node):
         if scheduler := getattr(self.__dict__["lr"], "step_call", None):
             scheduler()
 
+    def portable_state(self) -> PortableState:
+        """Return the state in the form that every framework reads.
+
+        Returns
+        -------
+        PortableState
+            A copy, for `larskit.checkpoint.write_state`; ``save_optimizer`` calls this.
+        """
+        rate = native(self.lr())
+        momentum = {
+            key: np.array(read(self.implicit_vars[f"{key}_m"]))
+            for key in self.vars_to_train
+        }
+        layers = {key: checkpoint.layer(rate, self.config) for key in momentum}
+        return PortableState(int(read(self.step_count)), layers, momentum)
+
+    def load_portable_state(
+        self, state: PortableState, *, names: Names = None, convert: bool = False
+    ) -> None:
+        """Take a state from any framework; ``load_optimizer`` calls this.
+
+        Parameters
+        ----------
+        state, names, convert
+            See `larskit.checkpoint.load_optimizer`. Where the learning rate is one
+            number it becomes the saved one.
+
+        Raises
+        ------
+        ValueError, TypeError
+            It does not fit, or does not say how many steps were taken. Nothing is set
+            then.
+        """
+        weights = {key: read(w) for key, w in self.vars_to_train.items()}
+        layers = {key: checkpoint.layer(None, self.config) for key in weights}
+        found = state.fitted(layers, weights, names=names, convert=convert)
+        if found.step is None:
+            raise ValueError(
+                "the saved state does not say how many steps were taken, which "
+                f"{type(self).__name__} counts: pass step= when you save or load it"
+            )
+        rate = self._resumed_rate(found)
+        found = found.converted({key: {**x, "lr": rate} for key, x in layers.items()})
+        moved = [(self.step_count, _like(found.step, read(self.step_count)))]
+        for key in weights:
+            m = self.implicit_vars[f"{key}_m"]
+            moved.append((m, _like(found.momentum.get(key, 0.0), read(m))))
+        for variable, value in moved:
+            write(variable, value)
+        self._set_constant(rate)
+
+    def _resumed_rate(self, state: PortableState) -> float:
+        """Return the rate of the next update: the saved one, or that of a schedule."""
+        if not _is_constant(self.__dict__["lr"]):
+            steps = () if hasattr(self.lr, "step_call") else (state.step,)
+            return float(native(self.lr(*steps)))
+        saved = state.common_lr(self.vars_to_train)
+        rate = float(self.lr()) if saved is None else saved
+        check_lr(rate, "the saved lr")
+        return rate
+
+    def _set_constant(self, rate: float) -> None:
+        lr = self.__dict__["lr"]
+        if family(lr):
+            write(lr, _like(rate, read(lr)))
+        elif _is_constant(lr):
+            self.lr = _like(rate, lr) if isinstance(lr, jax.Array) else rate
+
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         """Return what JAX may trace, and the rest, see `tree_unflatten`.
 
@@ -359,6 +428,12 @@ class LARS(Node):
                 "step count as lr"
             )
         return super().tree_flatten()
+
+
+def _like(x: Any, array: Any) -> Any:
+    """Return `x` as an array of the shape, dtype and place of `array`."""
+    x = np.broadcast_to(np.asarray(x, array.dtype), array.shape)
+    return jax.device_put(x, array.sharding)
 
 
 def _is_constant(lr: Any) -> bool:

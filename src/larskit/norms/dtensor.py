@@ -5,7 +5,6 @@ what is reduced, whether this process holds something of it or not.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -48,15 +47,13 @@ def shard(x: DTensor, layer: DTensor) -> Tensor:
 
     Raises
     ------
-    TypeError
-        If `x` is not a DTensor on the mesh of `layer`.
+    ValueError
+        If `x` lies on another mesh.
     """
-    if not isinstance(x, DTensor) or x.device_mesh != layer.device_mesh:
-        kind = f"on {x.device_mesh}" if isinstance(x, DTensor) else "no DTensor"
-        raise TypeError(
-            f"a gradient of the shape {tuple(x.shape)} is {kind}, but its parameter a "
-            f"DTensor on {layer.device_mesh}: distribute the gradient as the parameter "
-            "is, with distribute_tensor(g, p.device_mesh, p.placements)"
+    if x.device_mesh != layer.device_mesh:
+        raise ValueError(
+            f"a gradient of the shape {tuple(x.shape)} lies on {x.device_mesh}, but "
+            f"its parameter on {layer.device_mesh}: distribute both over one mesh"
         )
     if x.placements != layer.placements:
         x = x.redistribute(placements=layer.placements)
@@ -103,7 +100,6 @@ def _is_counted_here(layer: DTensor, sharded: set[int]) -> bool:
     )
 
 
-@cache
 def _groups(mesh: DeviceMesh, dims: tuple[int, ...]) -> list[Any]:
     """Return the processes to sum over: one group, unless the mesh has no names."""
     names = mesh.mesh_dim_names

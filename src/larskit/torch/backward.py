@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from larskit.rule import Lengths
+from larskit.torch.bucket import is_selected
 from larskit.torch.optimizer import LARS
 from larskit.torch.plan import PER_LAYER, Plan, name_of, policy_of
 
@@ -45,9 +46,9 @@ class StepInBackward:
                 "call optimizer.step() after each backward pass; gradients cannot be "
                 "accumulated while they are used at once"
             )
-        only = {key: group[key][row : row + 1] for key in ("params", *PER_LAYER)}
+        only = {name: is_selected(group, name, row) for name in PER_LAYER}
         self._plans[p].step_(
-            [{**group, **only, "param_names": [name]}], optimizer.state
+            [{**group, **only, "params": [p], "param_names": [name]}], optimizer.state
         )
         self._stepped[p] = self._plans[p]
         p.grad = None

@@ -15,6 +15,7 @@ from larskit.engines import reference as _reference
 from larskit.rule import Lengths
 
 SWITCHES = ("foreach", "fused", "carry_norms", "capturable", "differentiable")
+PER_LAYER = ("adapt", "decay")
 MOMENTUM, MASTER = "momentum_buffer", "master_weight"
 NARROW = (torch.float16, torch.bfloat16)
 
@@ -34,9 +35,18 @@ class Kind(NamedTuple):
 
 def kind_of(index: int, group: dict[str, Any], row: int, p: Any) -> Kind:
     """Return the kind of a parameter that has a gradient."""
-    flags = group["adapt"][row], group["decay"][row], is_sharded(p)
+    adapt, decay = (is_selected(group, name, row) for name in PER_LAYER)
+    flags = adapt, decay, is_sharded(p)
     master = group["master_weights"] and p.dtype in NARROW
     return Kind(index, p.device, p.dtype, p.grad.dtype, *flags, master)
+
+
+def is_selected(group: dict[str, Any], name: str, row: int) -> bool:
+    """Whether a layer of a group is adapted, or decayed."""
+    given = group[name]
+    if given is None:
+        return group["params"][row].ndim >= 2
+    return given if isinstance(given, bool) else given[row]
 
 
 def is_sharded(p: Any) -> bool:

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from larskit import config as _config
 from larskit.arrays import check_floating
+from larskit.checkpoint import Names, PortableState
 from larskit.config import Config, Denominator, LrPlacement, OnNonfinite, check_lr
 from larskit.rule import Lengths
 from larskit.select import Selection, check_matched, select
-from larskit.torch import foreign
-from larskit.torch.bucket import NARROW, SWITCHES, is_sharded
+from larskit.torch import foreign, portable
+from larskit.torch.bucket import NARROW, SWITCHES, is_selected, is_sharded
 from larskit.torch.plan import PER_GROUP, PER_LAYER, Plan, config_of, policy_of
 
 if TYPE_CHECKING:
@@ -148,11 +149,18 @@ class LARS(torch.optim.Optimizer):
         self._in_backward: StepInBackward | None = None
         super().__init__(params, defaults)
         for name in PER_LAYER:
-            selected = [any(group[name]) for group in self.param_groups]
+            selected = [
+                is_selected(group, name, row)
+                for group in self.param_groups
+                for row in range(len(group["params"]))
+            ]
             check_matched(defaults[name], selected, name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after checking it; `adapt` and `decay` become tuples of bools."""
+        """Add a group after checking it.
+
+        Patterns and callables in `adapt` and `decay` become tuples of bools.
+        """
         full = {**self.defaults, **param_group}
         _check_group(full)
         super().add_param_group(dict(param_group))  # torch fills in what it is given
@@ -164,7 +172,8 @@ class LARS(torch.optim.Optimizer):
                 selected = select(full[name], names, group["params"], name)
                 if name in param_group:
                     check_matched(full[name], selected, name)
-                group[name] = selected
+                plain = full[name] is None or isinstance(full[name], bool)
+                group[name] = full[name] if plain else selected
             policy_of(self.param_groups)
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -179,9 +188,7 @@ class LARS(torch.optim.Optimizer):
         self.__dict__.setdefault("_in_backward", None)
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                if name in PER_LAYER:
-                    value = select(None, None, group["params"], name)
-                group.setdefault(name, value)
+                group.setdefault(name, None if name in PER_LAYER else value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of LARS, or of another optimizer with momentum.
@@ -217,6 +224,23 @@ class LARS(torch.optim.Optimizer):
             handle.remove()
         for p, key, x in wide:  # which torch has rounded to the parameter's dtype
             self.state[p][key] = x.to(p.device)
+
+    def portable_state(self) -> PortableState:
+        """Return the state for any framework, see `larskit.checkpoint.save_optimizer`.
+
+        Of sharded parameters it is that of the whole layers, which every process must
+        ask for. It does not say how many steps were taken.
+        """
+        return portable.portable_state(self)
+
+    def load_portable_state(
+        self, state: PortableState, *, names: Names = None, convert: bool = False
+    ) -> None:
+        """Take a state of any framework, see `larskit.checkpoint.load_optimizer`.
+
+        The learning rates of the groups become the saved ones.
+        """
+        portable.load_portable_state(self, state, names=names, convert=convert)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -312,10 +336,11 @@ def _wide(state_dict: dict[str, Any], groups: Any) -> Iterator[tuple[Any, str, T
 def _check_parameters(params: list[Any]) -> None:
     for i, p in enumerate(params):
         check_floating(p, f"parameter {i}")
-        if type(p).__name__ == "FlatParameter":
+        if getattr(p, "_fsdp_flattened", False):  # also with use_orig_params=True
             raise TypeError(
-                f"parameter {i} is a FlatParameter of FSDP1, in which layers lie end "
-                "to end, so that none has its own length: use fully_shard (FSDP2)"
+                f"parameter {i} is part of FSDP1's flat parameter, in which layers lie "
+                "end to end and are cut anywhere, so that none has its own length "
+                "here: use fully_shard (FSDP2)"
             )
         if is_sharded(p) and any(x.is_partial() for x in p.placements):
             raise TypeError(

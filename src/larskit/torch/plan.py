@@ -14,6 +14,7 @@ from larskit.engines import foreach as _foreach
 from larskit.engines import native as _native
 from larskit.rule import Lengths
 from larskit.torch.bucket import (
+    PER_LAYER,
     SWITCHES,
     Bucket,
     Kind,
@@ -22,7 +23,6 @@ from larskit.torch.bucket import (
     kind_of,
 )
 
-PER_LAYER = ("adapt", "decay")
 PER_GROUP = tuple(
     name for name in _config.NAMES if name not in (*PER_LAYER, "zero_guard")
 )

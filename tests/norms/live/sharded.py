@@ -69,10 +69,15 @@ def train(params: list[Any], place: Any, options: Any) -> tuple[Any, dict[str, i
         optimizer.param_groups[0]["lr"] = 1.0 / step
         for i, (p, g) in enumerate(zip(params, full(step), strict=True)):
             p.grad = None if (i, step) == (2, 3) else place(p, g)
-        with CommDebugMode() as comm:
-            optimizer.step()
-        counts = {str(k): v for k, v in comm.get_comm_counts().items() if v}
+        counts = counted(optimizer.step)
     return optimizer, counts
+
+
+def counted(step: Any) -> dict[str, int]:
+    """Take a step and return how often each collective ran."""
+    with CommDebugMode() as comm:
+        step()
+    return {str(k): v for k, v in comm.get_comm_counts().items() if v}
 
 
 def alone(options: Any) -> Any:
@@ -81,24 +86,29 @@ def alone(options: Any) -> Any:
     return params, [optimizer.state[p]["momentum_buffer"] for p in params]
 
 
-def case(sizes: Any, weight: Any, bias: Any, partial: bool, options: Any) -> Any:
+def distributed(sizes: Any, weight: Any, bias: Any) -> list[Any]:
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("a", "b")[: len(sizes)])
     placements = [weight if len(shape) > 1 else bias for shape in SHAPES]
-    params: list[Any] = [
+    return [
         nn.Parameter(x if how is None else distribute_tensor(x, mesh, how))
         for x, how in zip(full(0), placements, strict=True)
     ]
 
-    def place(p: Any, g: Any) -> Any:
-        if not isinstance(p, DTensor):
-            return g
-        if partial:
-            mine = g if dist.get_rank() == 0 else torch.zeros_like(g)
-            sums = [Partial()] * mesh.ndim
-            return DTensor.from_local(mine, mesh, sums, run_check=False)
-        return distribute_tensor(g, mesh, p.placements)
 
-    optimizer, counts = train(params, place, options)
+def place(p: Any, g: Any, partial: bool) -> Any:
+    """Return a gradient as a parameter has it, or as a sum that is not complete."""
+    if not isinstance(p, DTensor):
+        return g
+    if partial:
+        mine = g if dist.get_rank() == 0 else torch.zeros_like(g)
+        sums = [Partial()] * p.device_mesh.ndim
+        return DTensor.from_local(mine, p.device_mesh, sums, run_check=False)
+    return distribute_tensor(g, p.device_mesh, p.placements)
+
+
+def case(how: Any, partial: bool, options: Any) -> Any:
+    params = distributed(*how)
+    optimizer, counts = train(params, lambda p, g: place(p, g, partial), options)
     buffers: Any = [optimizer.state[p]["momentum_buffer"] for p in params]
     for p, v in zip(params, buffers, strict=True):
         assert isinstance(v, DTensor) == isinstance(p, DTensor)
@@ -136,11 +146,9 @@ def fsdp2(options: Any) -> Any:
         for step in range(5):
             x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
             net(x).square().mean().backward()
-            with CommDebugMode() as comm:
-                optimizer.step()
+            made = counted(optimizer.step)
             optimizer.zero_grad()
-            if sharded:
-                counts = {str(k): v for k, v in comm.get_comm_counts().items() if v}
+            counts = made if sharded else counts
         found.append([whole(p).detach() for p in net.parameters()])
     return differing(*found, exact=False), counts
 
@@ -149,13 +157,13 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    for name, (sizes, weight, bias) in PLACEMENTS[dist.get_world_size()].items():
+    for name, how in PLACEMENTS[dist.get_world_size()].items():
         for kind, options in OPTIONS.items():
             for engine, switches in ENGINES.items():
                 every = {**options, **switches}
                 expected = alone(every)
                 for partial in (False, True):
-                    *found, counts = case(sizes, weight, bias, partial, every)
+                    *found, counts = case(how, partial, every)
                     results[f"{name}, {kind}, {engine}, partial {partial}"] = {
                         "weights": differing(found[0], expected[0], exact=True),
                         "buffers": differing(found[1], expected[1], exact=True),

@@ -1,0 +1,173 @@
+"""The state of a LARS of PyTorch in the form that every framework reads."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from larskit import checkpoint
+from larskit.checkpoint import Names, PortableState
+from larskit.config import check_lr
+from larskit.torch.bucket import PER_LAYER, is_selected
+from larskit.torch.plan import config_of, name_of
+
+# The parts of a state, and what they are called in `optimizer.state`.
+KINDS = {"momentum": "momentum_buffer", "master": "master_weight"}
+
+
+def portable_state(optimizer: torch.optim.Optimizer) -> PortableState:
+    """Return the state in the form that every framework reads.
+
+    Of sharded parameters it is that of the whole layers: every process must call this,
+    and one of them may write what it returns.
+
+    Returns
+    -------
+    PortableState
+        A copy, for `larskit.checkpoint.write_state`; ``save_optimizer`` calls this. It
+        does not say how many steps were taken.
+    """
+    layers = _layers(optimizer)
+    arrays: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KINDS}
+    for name, layer in layers.items():
+        own = optimizer.state.get(layer.weight, {})
+        for kind, key in KINDS.items():
+            if key in own:
+                arrays[kind][name] = _whole(own[key])
+    described = {name: layer.described for name, layer in layers.items()}
+    return PortableState(None, described, **arrays)
+
+
+@torch.no_grad()
+def load_portable_state(
+    optimizer: torch.optim.Optimizer,
+    state: PortableState,
+    *,
+    names: Names = None,
+    convert: bool = False,
+) -> None:
+    """Take a state from any framework; ``load_optimizer`` calls this.
+
+    Parameters
+    ----------
+    state, names, convert
+        See `larskit.checkpoint.load_optimizer`. The learning rates of the groups become
+        the saved ones.
+
+    Raises
+    ------
+    ValueError, TypeError
+        It does not fit. Nothing is set then.
+    """
+    layers, groups = _layers(optimizer), optimizer.param_groups
+    found = state.fitted(
+        {name: layer.described for name, layer in layers.items()},
+        {name: layer.weight for name, layer in layers.items()},
+        names=names,
+        convert=convert,
+        masters=[name for name, layer in layers.items() if layer.has_master],
+    )
+    rates = []
+    for group in groups:
+        saved = found.common_lr(n for n, x in layers.items() if x.group is group)
+        rates.append(group["lr"] if saved is None else saved)
+        check_lr(rates[-1], "the saved lr")
+    new = _tensors(found.converted(_at(rates, groups, layers)), layers)
+    for group, rate in zip(groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    for p, own in new.items():
+        former = optimizer.state.pop(p, {})
+        kept = {key: x for key, x in former.items() if key not in KINDS.values()}
+        if kept or own:
+            optimizer.state[p] = {**kept, **own}
+
+
+class _Layer(NamedTuple):
+    group: dict[str, Any]
+    weight: Any
+    described: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That in which it is stepped, which its state has."""
+        wide = torch.float32 if self.group.get("master_weights") else self.weight.dtype
+        return torch.promote_types(self.weight.dtype, wide)
+
+    @property
+    def has_master(self) -> bool:
+        return self.dtype != self.weight.dtype
+
+
+def _layers(optimizer: torch.optim.Optimizer) -> dict[str, _Layer]:
+    found: dict[str, _Layer] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        config = config_of(group)
+        for row, p in enumerate(group["params"]):
+            adapt, decay = (is_selected(group, name, row) for name in PER_LAYER)
+            name = name_of(index, group, row)
+            if name in found:
+                raise ValueError(
+                    f"two parameters are called {name!r}, so that a file cannot tell "
+                    "them apart: name them as one model does"
+                )
+            own = replace(config, adapt=adapt, decay=decay)
+            found[name] = _Layer(group, p, checkpoint.layer(group["lr"], own))
+    return found
+
+
+def _at(rates: list[Any], groups: list[Any], layers: dict[str, _Layer]) -> Any:
+    """Return the hyper-parameters of each layer at other rates of its group."""
+    rate_of = {id(g): float(rate) for g, rate in zip(groups, rates, strict=True)}
+    return {
+        name: {**layer.described, "lr": rate_of[id(layer.group)]}
+        for name, layer in layers.items()
+    }
+
+
+def _tensors(state: PortableState, layers: dict[str, _Layer]) -> Any:
+    """Return the tensors of each parameter, under their names in the optimizer."""
+    arrays = {"momentum": state.momentum, "master": state.master}
+    return {
+        layer.weight: {
+            key: _placed(arrays[kind][name], layer)
+            for kind, key in KINDS.items()
+            if name in arrays[kind]
+        }
+        for name, layer in layers.items()
+    }
+
+
+def _whole(x: Any) -> np.ndarray:
+    """Copy a tensor to NumPy, put together from all processes if it is sharded."""
+    x = x.full_tensor() if _is_sharded(x) else x
+    x = x.detach().to("cpu", copy=True)
+    if x.dtype is torch.bfloat16:
+        return x.view(torch.int16).numpy().view(checkpoint.numpy_dtype("bfloat16"))
+    return x.numpy()
+
+
+def _placed(x: np.ndarray, layer: _Layer) -> Tensor:
+    """Return an array as a tensor that lies as the parameter does."""
+    exact = np.result_type(x, np.float32)  # PyTorch does not know NumPy's bfloat16
+    p, whole = layer.weight, torch.tensor(x.astype(exact)).to(layer.dtype)
+    if not _is_sharded(p):
+        return torch.empty_like(p, dtype=whole.dtype).copy_(whole)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = p.device_mesh
+    everywhere = [Replicate()] * mesh.ndim
+    replicated = DTensor.from_local(
+        whole.to(p.device), mesh, everywhere, run_check=False
+    )
+    local = replicated.redistribute(placements=p.placements).to_local().contiguous()
+    shape = {"shape": p.shape, "stride": p.stride()}
+    return DTensor.from_local(local, mesh, p.placements, run_check=False, **shape)
+
+
+def _is_sharded(x: Any) -> bool:
+    return hasattr(x, "full_tensor")
