@@ -26,13 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         input cannot be used, and one sentence on stderr says why; 130 and 143 stopped
         by Ctrl-C or SIGTERM.
     """
-    from larskit.app import InputError
-
     try:
-        args = vars(_parser().parse_args(arguments))
-        return args.pop("run")(args)
-    except InputError as why:
-        return _complain(str(why), 2)
+        if not _launched():
+            return _run(arguments)
+        from larskit.app.ranks import joined
+
+        with joined():
+            return _run(arguments)
     except ModuleNotFoundError as why:
         package = (why.name or "").partition(".")[0]
         if package not in _EXTRA:
@@ -45,8 +45,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain("stopped", 130)
 
 
+def _launched() -> bool:
+    """Whether torchrun has started this process, and others beside it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    from larskit.app import InputError
+
+    try:
+        args = vars(_parser().parse_args(arguments))
+        return args.pop("run")(args)
+    except InputError as why:
+        return _complain(str(why), 2)
+
+
 def _complain(sentence: str, code: int) -> int:
-    print(f"larskit: {sentence}", file=sys.stderr)
+    """Print a sentence; what all processes have in common, the first one alone."""
+    if code == 1 or not _launched() or os.environ["RANK"] == "0":
+        print(f"larskit: {sentence}", file=sys.stderr)
     return code
 
 
@@ -78,7 +95,10 @@ def _command(commands: Any, name: str, text: str, run: Any) -> argparse.Argument
 
 
 def _add_train(commands: Any) -> None:
-    text = "Train a classifier of images."
+    text = (
+        "Train a classifier of images, in one process or in several: "
+        "torchrun --nproc-per-node N -m larskit train ..."
+    )
     parser = _command(commands, "train", text, _train)
     _add_settings(parser)
     parser.add_argument("--out", **_out("runs/train"))
@@ -92,6 +112,12 @@ def _add_train(commands: Any) -> None:
         "--overwrite", action="store_true", help="replace the training in --out"
     )
     parser.add_argument(
+        "--shard",
+        choices=("fsdp2",),
+        help="spread weights, gradients and momentum over the processes of torchrun "
+        "(default: each holds all of them, DDP)",
+    )
+    parser.add_argument(
         "--best-of",
         metavar="RESULTS",
         help="results.json of a study: take its best settings where none are given",
@@ -99,6 +125,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_study(commands: Any) -> None:
+    from larskit.app import cores
     from larskit.app.settings import RECIPES, Model, Optimizer, Settings
 
     text = "Compare optimizers over batch sizes, learning rates and seeds."
@@ -127,7 +154,7 @@ def _add_study(commands: Any) -> None:
     counts = {"type": _count, "metavar": "N"}
     add = parser.add_argument
     add("--seeds", default=3, help="trainings of a kind (default: 3)", **counts)
-    add("--jobs", default=_cores(), help="at a time (default: the cores)", **counts)
+    add("--jobs", default=cores(), help="at a time (default: the cores)", **counts)
     add("--out", **_out("runs/study"))
 
 
@@ -185,17 +212,12 @@ def _list(numbers: Sequence[float]) -> str:
     return ",".join(f"{x:g}" for x in numbers)
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _train(args: dict[str, Any]) -> int:
     from larskit.app.results import best
     from larskit.app.train import train
 
-    flags = {name: args.pop(name) for name in ("out", "resume", "overwrite")}
+    names = ("out", "resume", "overwrite", "shard")
+    flags = {name: args.pop(name) for name in names}
     if results := args.pop("best_of", None):
         args = best(Path(results), args)
     return train(args, **flags)

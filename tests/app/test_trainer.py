@@ -1,4 +1,5 @@
 import io
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,13 @@ def test_only_the_product_of_rate_and_trust_coefficient_counts(three):
     other = trained(three, lr=40.0, trust_coefficient=0.001, **given)
     for name, w in weights(one).items():
         torch.testing.assert_close(weights(other)[name], w, rtol=1e-3, atol=1e-4)
+
+
+def test_only_the_last_part_of_a_batch_is_communicated(three, monkeypatch):
+    trainer, apart = Trainer(Settings(batch_size=40, accumulate=3), three), []
+    monkeypatch.setattr(trainer, "_apart", lambda: nullcontext(apart.append(1)))
+    trainer._step(trainer._order()[:40])
+    assert len(apart) == 2
 
 
 def test_batch_norm_knows_the_weights_as_they_are(three):

@@ -70,12 +70,18 @@ class Settings:
         metadata=_help("bring every image to this side (default: a folder's to 32)"),
     )
     model: Model = field(
-        default="convnet", metadata=_help("the plain one is without batch norm")
+        default="convnet",
+        metadata=_help(
+            "the plain one is without batch norm; each process normalises what it "
+            "computes at a time"
+        ),
     )
     optimizer: Optimizer = field(
         default="lars", metadata=_help("larc is lars with its ratios clipped")
     )
-    batch_size: int = field(default=64, metadata=_help("images per step"))
+    batch_size: int = field(
+        default=64, metadata=_help("images per step, of all processes")
+    )
     accumulate: int = field(
         default=1,
         metadata=_help("parts in which a batch is computed, to save memory"),
@@ -118,7 +124,10 @@ class Settings:
         default="auto", metadata=_help("cpu, cuda, cuda:1, ...; auto: a GPU if any")
     )
     threads: int | None = field(
-        default=None, metadata=_help("of the CPU (default: all cores; in a study: 1)")
+        default=None,
+        metadata=_help(
+            "of the CPU, for each process (default: all cores, shared; in a study: 1)"
+        ),
     )
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from rich.table import Table
 from larskit.app import InputError, results
 from larskit.app.data import Data, read
 from larskit.app.plot import plot
+from larskit.app.ranks import here
 from larskit.app.results import Cell, Curves, Point
 from larskit.app.settings import RECIPES, Settings
 from larskit.app.train import prepare, progress_bar, stopping
@@ -119,12 +120,17 @@ def study(
     InputError
         Before anything is written.
     """
+    if here().launched:
+        raise InputError(
+            "larskit study starts processes of its own, see --jobs: run it without "
+            "torchrun"
+        )
     console, folder = console or Console(), Path(out)
     path = folder / results.FILE
     known = _by_identity(results.load(path)) if path.exists() else {}
     data = read(cells[0].data, cells[0].image_size)
     for settings in cells:
-        check(settings, data)
+        check(settings, data, here())
     wanted = {results.identity(asdict(s), data.fingerprint): s for s in cells}
     missing = [s for key, s in wanted.items() if key not in known]
     prepare(folder)

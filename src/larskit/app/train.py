@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from larskit.app import InputError
 from larskit.app.data import read
+from larskit.app.ranks import Ranks, Shard, here
 from larskit.app.settings import Settings
-from larskit.app.trainer import Trainer
+from larskit.app.trainer import Trainer, check
 from larskit.checkpoint import atomic
 
 FORMAT = "larskit.train/1"
@@ -32,6 +33,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    shard: Shard | None = None,
     console: Console | None = None,
 ) -> int:
     """Train, or go on training, and keep the result in a folder.
@@ -49,6 +51,9 @@ def train(
         Go on with the training that is stored there.
     overwrite : bool, default=False
         Replace the training that is stored there.
+    shard : {"fsdp2"}, optional
+        Spread the model over the processes of torchrun. It may differ on resuming, as
+        their number may.
     console : rich.console.Console, optional
         Where to show the progress.
 
@@ -56,34 +61,65 @@ def train(
     -------
     int
         0 when the training is done; 1 when it diverged; 128 plus the signal's number
-        when SIGINT or SIGTERM stopped it.
+        when SIGINT or SIGTERM stopped it. The same on all processes.
 
     Raises
     ------
     InputError
         Before anything is written.
     """
-    console, folder = console or Console(), Path(out)
-    state = _stored(folder, given) if resume else None
-    settings = Settings(**(state["settings"] if state else given))
-    if not (resume or overwrite) and (folder / CHECKPOINT).exists():
-        raise InputError(
-            f"--out {out} holds a training already: pass --resume to go on with it, "
-            "--overwrite to lose it, or another folder"
-        )
-    trainer = Trainer(settings, read(settings.data, settings.image_size))
+    ranks, folder = here(), Path(out)
+    console = console or Console(quiet=ranks.rank > 0)
+    with ranks.agreed():
+        state = _stored(folder, given, ranks) if resume else None
+        settings = Settings(**(state["settings"] if state else given))
+        _check_flags(folder, resume or overwrite, shard, ranks)
+        data = read(settings.data, settings.image_size)
+        check(settings, data, ranks)
+        if state and state.get("data") != data.fingerprint:
+            raise InputError(
+                f"--resume: the images in {settings.data} are not those that "
+                f"{folder / CHECKPOINT} was begun with"
+            )
+    with ranks.agreed():
+        if ranks.rank == 0:
+            prepare(folder)
+    trainer = Trainer(settings, data, ranks=ranks, shard=shard)
     if state:
         _restore(trainer, state, folder / CHECKPOINT)
-    prepare(folder)
-    with stopping() as signals, _display(trainer, console) as show:
+        ranks.advice = _after_loss(trainer, folder)
+    number = _run(trainer, folder, console)
+    return _conclude(trainer, folder, number, console)
+
+
+def _check_flags(
+    folder: Path, replace: bool, shard: Shard | None, ranks: Ranks
+) -> None:
+    if not replace and (folder / CHECKPOINT).exists():
+        raise InputError(
+            f"--out {folder} holds a training already: pass --resume to go on with it, "
+            "--overwrite to lose it, or another folder"
+        )
+    if shard is not None and not ranks.launched:
+        raise InputError(
+            f"--shard {shard} spreads a model over processes, of which there is one: "
+            "start them with torchrun --nproc-per-node N -m larskit train ..."
+        )
+
+
+def _run(trainer: Trainer, folder: Path, console: Console) -> int:
+    """Train and save until the end, or a signal; return the signal, or 0."""
+    ranks = trainer.ranks
+    with stopping() as signals, ranks.watching(), _display(trainer, console) as show:
         for _ in trainer.run():
             ended = trainer.batch == 0
             show(ended)
-            if ended:
+            number = ranks.signalled(signals)
+            if ended or number:
                 _save(trainer, folder)
-            if signals:
-                break
-    return _conclude(trainer, folder, signals, console)
+            if number:
+                return number
+    return 0
 
 
 def prepare(folder: Path) -> None:
@@ -129,11 +165,13 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def _stored(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+def _stored(folder: Path, given: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Read a checkpoint, and refuse settings that are not its own."""
     path = folder / CHECKPOINT
     try:
         state = _read(path)
+        if state.get("ranks", 1) != ranks.size:  # which share the cores differently
+            state["settings"]["threads"] = given.get("threads")
         stored = Settings(**state["settings"])
     except FileNotFoundError:
         raise InputError(f"--resume: there is no {path}") from None
@@ -167,27 +205,34 @@ def _not_ours(path: Path) -> InputError:
 
 
 def _restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
-    if state.get("data") != trainer.data.fingerprint:
-        raise InputError(
-            f"--resume: the images in {trainer.settings.data} are not those that "
-            f"{path} was begun with"
-        )
     try:
         trainer.load_state_dict(state)
     except Exception as why:  # likewise
+        trainer.ranks.end_if_lost(why)
         raise _not_ours(path) from why
 
 
 def _save(trainer: Trainer, folder: Path) -> None:
-    with atomic(folder / CHECKPOINT) as file:
-        torch.save({"format": FORMAT, **trainer.state_dict()}, file)
-    with atomic(folder / METRICS, "w") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in trainer.history)
+    state = trainer.state_dict()
+    if trainer.ranks.rank == 0:
+        with atomic(folder / CHECKPOINT) as file:
+            torch.save({"format": FORMAT, **state}, file)
+        with atomic(folder / METRICS, "w") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in trainer.history)
+    trainer.ranks.wait()
+    trainer.ranks.advice = _after_loss(trainer, folder)
 
 
-def _conclude(
-    trainer: Trainer, folder: Path, signals: list[int], console: Console
-) -> int:
+def _after_loss(trainer: Trainer, folder: Path) -> str:
+    return f"{folder / CHECKPOINT} is whole, go on with {_resume(trainer, folder)}"
+
+
+def _resume(trainer: Trainer, folder: Path) -> str:
+    shard = f" --shard {trainer.shard}" if trainer.shard else ""
+    return f"{trainer.ranks.command} train --resume --out {folder}{shard}"
+
+
+def _conclude(trainer: Trainer, folder: Path, number: int, console: Console) -> int:
     if trainer.diverged:
         console.print(
             f"The loss is no longer finite after epoch {trainer.epoch}: pass a --lr "
@@ -195,13 +240,12 @@ def _conclude(
         )
         return 1
     if not trainer.finished:
-        _save(trainer, folder)
         console.print(
             f"Stopped after step {trainer.step} of {trainer.steps} and saved. Go on "
-            f"with: larskit train --resume --out {folder}",
+            f"with: {_resume(trainer, folder)}",
             soft_wrap=True,
         )
-        return 128 + signals[0]
+        return 128 + number
     console.print(
         f"{100 * trainer.history[-1]['test_accuracy']:.2f} % of the test images are "
         f"right; the weights are in {folder / CHECKPOINT}",

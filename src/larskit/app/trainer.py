@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
@@ -14,8 +15,10 @@ from torch.optim.swa_utils import update_bn
 
 from larskit.app import InputError, models, optimizers
 from larskit.app.data import Data
+from larskit.app.ranks import Ranks, Shard, place
 from larskit.app.settings import Settings
 from larskit.torch import LARS
+from larskit.torch.bucket import is_selected
 
 EVALUATED_AT_ONCE, SETTLED_ON = 256, 8192
 
@@ -27,6 +30,10 @@ class Trainer:
     what is left over waits for the next epoch. Before it is tested, the statistics of
     batch norm are measured anew.
 
+    Of several processes each computes a share of every batch, and normalises it by
+    itself: N of them do what one does that accumulates N times as many parts. All of
+    them must call each method alike, but for `measured`.
+
     Parameters
     ----------
     settings : Settings
@@ -35,6 +42,10 @@ class Trainer:
         The images.
     test_last : bool, default=False
         Measure on the test images after the last epoch only.
+    ranks : Ranks, optional
+        The processes that train together; this one alone by default.
+    shard : {"fsdp2"}, optional
+        Spread the model over them; by default each holds all of it.
 
     Attributes
     ----------
@@ -48,20 +59,30 @@ class Trainer:
         What was measured, one entry per finished epoch.
     """
 
-    def __init__(self, settings: Settings, data: Data, *, test_last: bool = False):
+    def __init__(
+        self,
+        settings: Settings,
+        data: Data,
+        *,
+        test_last: bool = False,
+        ranks: Ranks | None = None,
+        shard: Shard | None = None,
+    ) -> None:
         """Check what depends on data and machine, then make the model."""
         self.settings, self.data, self.test_last = settings, data, test_last
-        self.device = check(settings, data)
+        self.ranks, self.shard = ranks or Ranks(), shard
+        self.device = check(settings, data, self.ranks)
         self.batches = len(data.train) // settings.batch_size
         if self.device.type == "cuda":
             _be_deterministic()
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
+        if threads := settings.threads or self.ranks.threads:
+            torch.set_num_threads(threads)
         torch.manual_seed(settings.seed)
         _, channels, *sides = data.x.shape
         classes = len(data.classes)
         model = models.build(settings.model, channels, classes, min(sides))
         self.model = model.to(self.device)
+        self._network, self._apart = self.ranks.spread(self.model, shard)
         self.optimizer = optimizers.build(settings, model)
         self.schedule = optimizers.schedule(settings, self.optimizer, self.steps)
         float16 = settings.precision == "float16"
@@ -112,7 +133,8 @@ class Trainer:
         """Return the measures of this epoch so far, by name; waits for the device.
 
         They are the rate of the last step, mean loss and accuracy of the images while
-        they were trained on and, for LARS, the spread of the trust ratios.
+        they were trained on (by this rank, until the epoch ends) and, for LARS, the
+        spread of the trust ratios.
         """
         loss, correct, seen = self._totals.tolist()
         found = {
@@ -127,30 +149,37 @@ class Trainer:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the rest of the training depends on.
+        """Return all that the rest of the training depends on; complete on rank 0.
 
         No generator is among it: the order of an epoch follows from the seed and the
-        epoch, and nothing else is drawn.
+        epoch, and nothing else is drawn. Tensors are whole, so that any number of ranks
+        can go on, with a model that is sharded or not.
         """
         settings = replace(self.settings, threads=torch.get_num_threads())
         return {
             "settings": asdict(settings),
+            "ranks": self.ranks.size,
             "data": self.data.fingerprint,
             "classes": self.data.classes,
             "moments": [m.flatten().tolist() for m in self._moments],
             "epoch": self.epoch,
             "batch": self.batch,
-            "totals": self._totals,
+            "totals": self.ranks.gather(self._totals),
             "history": self.history,
-            **{name: part.state_dict() for name, part in self._parts().items()},
+            **{
+                name: self.ranks.whole(part.state_dict())
+                for name, part in self._parts().items()
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned for equal settings and data."""
+        if self._network is not self.model:
+            self._rehearse()
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(self._placed(name, state[name]))
         self.epoch, self.batch = state["epoch"], state["batch"]
-        self._totals = state["totals"].to(self.device)
+        self._totals = self.ranks.own(state["totals"]).to(self.device)
         self.history = state["history"]
         if not 0 <= self.step <= self.steps:
             raise ValueError(f"step {self.step} is not one of {self.steps}")
@@ -158,6 +187,31 @@ class Trainer:
     def _parts(self) -> dict[str, Any]:
         names = ("model", "optimizer", "schedule", "scaler")
         return {name: getattr(self, name) for name in names}
+
+    def _rehearse(self) -> None:
+        """Have DDP change to the buckets that it lays out after a first backward pass.
+
+        Their layout decides how the sums over three or more ranks are rounded.
+        """
+        some = torch.from_numpy(self.data.train[: self.settings.batch_size])
+        loss, _ = self._loss(*self.ranks.share(some))
+        loss.backward()
+        self.optimizer.zero_grad()
+
+    def _placed(self, name: str, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of a part with its tensors sharded as the part's are."""
+        if name == "model":
+            own = self.model.state_dict()
+            return {key: place(x, own.get(key)) for key, x in state.items()}
+        if name == "optimizer":
+            groups = self.optimizer.param_groups
+            params = [p for group in groups for p in group["params"]]
+            kept = {
+                index: {key: place(x, params[index]) for key, x in kept.items()}
+                for index, kept in state["state"].items()
+            }
+            return {**state, "state": kept}
+        return state
 
     def _zero(self) -> Tensor:
         """Sum of losses, number right, and number seen."""
@@ -183,7 +237,7 @@ class Trainer:
         """Return the summed loss of some images, and `_zero`'s numbers for them."""
         x, y = self._batch(indices)
         with self._mixed():
-            logits = self.model(x)
+            logits = self._network(x)
         loss = cross_entropy(logits.float(), y, reduction="sum")
         right = (logits.argmax(1) == y).sum()
         seen = torch.full_like(right, len(y))
@@ -192,9 +246,12 @@ class Trainer:
     def _step(self, indices: Tensor) -> None:
         self.model.train()
         self.optimizer.zero_grad()
-        for part in indices.tensor_split(self.settings.accumulate):
-            loss, totals = self._loss(part)
-            self.scaler.scale(loss / len(indices)).backward()
+        images = len(indices) / self.ranks.size  # as gradients are averaged over them
+        parts = self.ranks.share(indices, self.settings.accumulate)
+        for part in parts:
+            with nullcontext() if part is parts[-1] else self._apart():
+                loss, totals = self._loss(part)
+                self.scaler.scale(loss / images).backward()
             self._totals += totals
         self._lr = self.optimizer.param_groups[0]["lr"]
         self.scaler.step(self.optimizer)
@@ -206,21 +263,26 @@ class Trainer:
         self._settle_batch_norm()
         self.model.eval()
         totals = self._zero()
-        for part in torch.from_numpy(self.data.test).split(EVALUATED_AT_ONCE):
-            totals += self._loss(part)[1]
-        loss, correct, seen = totals.tolist()
+        test, at_once = torch.from_numpy(self.data.test), self.ranks.size
+        for part in test.split(EVALUATED_AT_ONCE * at_once):
+            totals += self._loss(*self.ranks.share(part))[1]
+        loss, correct, seen = self.ranks.sum(totals).tolist()
         return loss / seen, correct / seen
 
     def _settle_batch_norm(self) -> None:
         """Measure the statistics of batch norm with the weights as they are.
 
         Moving averages lag behind by some 20 steps, which may be all of a training in
-        large batches: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021.
+        large batches: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021. Each
+        rank measures as many parts of the images; the statistics are their mean.
         """
-        some = torch.from_numpy(self.data.train[:SETTLED_ON])
-        parts = some.tensor_split(math.ceil(len(some) / EVALUATED_AT_ONCE))
+        some, ranks = torch.from_numpy(self.data.train[:SETTLED_ON]), self.ranks
+        parts = ranks.share(some, math.ceil(len(some) / EVALUATED_AT_ONCE / ranks.size))
         with self._mixed():
             update_bn((self._batch(part)[0] for part in parts), self.model)
+        for statistic in self.model.buffers():
+            if ranks.size > 1 and statistic.is_floating_point():
+                ranks.sum(statistic).div_(ranks.size)
 
     def _ratios(self) -> list[float]:
         """Return the trust ratios of the last step, of the layers that have one."""
@@ -230,12 +292,13 @@ class Trainer:
         return [
             lengths[name].ratio
             for group in self.optimizer.param_groups
-            for name, adapt in zip(group["param_names"], group["adapt"], strict=True)
-            if adapt
+            for row, name in enumerate(group["param_names"])
+            if is_selected(group, "adapt", row)
         ]
 
     def _end_epoch(self) -> None:
         self.epoch, self.batch = self.epoch + 1, 0
+        self.ranks.sum(self._totals)
         entry = {"epoch": self.epoch, "step": self.step, **self.measured()}
         goes_on = self.epoch < self.settings.epochs
         if not (self.test_last and goes_on and math.isfinite(entry["train_loss"])):
@@ -247,10 +310,32 @@ class Trainer:
         self._totals = self._zero()
 
 
-def _device(settings: Settings) -> torch.device:
+def check(settings: Settings, data: Data, ranks: Ranks) -> torch.device:
+    """Return the device, or raise `InputError` where machine or data do not fit."""
+    images = len(data.train)
+    if settings.batch_size > images:
+        raise InputError(
+            f"--batch-size {settings.batch_size} is larger than the {images} images "
+            "there are to train on"
+        )
+    smallest = settings.batch_size // (settings.accumulate * ranks.size)
+    plain = settings.model == "convnet-plain"
+    if smallest < (1 if plain else 2):
+        among = f" in {ranks.size} processes" if ranks.size > 1 else ""
+        raise InputError(
+            f"--batch-size {settings.batch_size} with --accumulate "
+            f"{settings.accumulate}{among} leaves {smallest} image at a time, but "
+            + ("1 is needed" if plain else "batch norm needs 2")
+        )
+    return _device(settings, ranks)
+
+
+def _device(settings: Settings, ranks: Ranks) -> torch.device:
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.size > 1:
+        name = _own(name, ranks)
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -262,22 +347,23 @@ def _device(settings: Settings) -> torch.device:
     return device
 
 
-def check(settings: Settings, data: Data) -> torch.device:
-    """Return the device, or raise `InputError` where machine or data do not fit."""
-    images = len(data.train)
-    if settings.batch_size > images:
+def _own(name: str, ranks: Ranks) -> str:
+    """Return the device of this rank among several, each with a GPU or none."""
+    if name == "cpu":
+        return name
+    if name != "cuda":
         raise InputError(
-            f"--batch-size {settings.batch_size} is larger than the {images} images "
-            "there are to train on"
+            f"--device {name} is not for {ranks.size} processes: pass cuda, of which "
+            "each takes a GPU of its own, or cpu"
         )
-    smallest = settings.batch_size // settings.accumulate
-    if smallest < 2 and settings.model != "convnet-plain":
+    gpus = torch.cuda.device_count()
+    if ranks.local_size > gpus:
         raise InputError(
-            f"--batch-size {settings.batch_size} with --accumulate "
-            f"{settings.accumulate} leaves {smallest} image at a time, but batch norm "
-            "needs 2"
+            f"--device cuda has {gpus} GPUs for {ranks.local_size} processes: start as "
+            "many as there are GPUs, or pass --device cpu"
         )
-    return _device(settings)
+    torch.cuda.set_device(ranks.local_rank)
+    return f"cuda:{ranks.local_rank}"
 
 
 def _be_deterministic() -> None:
