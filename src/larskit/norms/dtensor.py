@@ -33,12 +33,26 @@ def lengths(
     local : callable
         An engine's ``lengths``, for the shards.
     """
+    own = zeros(layers)
+    here = [i for i, x in enumerate(shards) if x is not None]
+    if here:
+        own[here] = local([x for x in shards if x is not None])
+    return completed(own, layers)
+
+
+def zeros(layers: Sequence[DTensor]) -> Tensor:
+    """Return a length of zero for each layer."""
     like = layers[0].to_local()
     dtype = getattr(torch, norm_dtype(like))
-    found = torch.zeros(len(layers), dtype=dtype, device=like.device)
+    return torch.zeros(len(layers), dtype=dtype, device=like.device)
+
+
+def completed(own: Tensor, layers: Sequence[DTensor]) -> Tensor:
+    """Return the length of each layer, given those of what this process holds."""
+    found = torch.empty_like(own)
     for mesh in dict.fromkeys(layer.device_mesh for layer in layers):
         rows = [i for i, layer in enumerate(layers) if layer.device_mesh == mesh]
-        found[rows] = _of_mesh(mesh, rows, shards, layers, local, found)
+        found[rows] = _over_mesh(mesh, own[rows], [layers[i] for i in rows])
     return found
 
 
@@ -68,23 +82,16 @@ def assemble(shard: Tensor, layer: DTensor) -> DTensor:
     )
 
 
-def _of_mesh(
-    mesh: DeviceMesh, rows: list[int], shards: Any, layers: Any, local: Any, like: Any
-) -> Tensor:
+def _over_mesh(mesh: DeviceMesh, own: Tensor, layers: list[DTensor]) -> Tensor:
     sharded = {
         dim
-        for i in rows
-        for dim, placement in enumerate(layers[i].placements)
-        if placement.is_shard()
+        for layer in layers
+        for dim, placement in enumerate(layer.placements)
+        if not placement.is_replicate()  # FSDP2 has a kind of shards of its own
     }
-    squares = like.new_zeros(len(rows))
-    mine = [
-        k
-        for k, i in enumerate(rows)
-        if shards[i] is not None and _is_counted_here(layers[i], sharded)
-    ]
-    if mine:
-        squares[mine] = local([shards[rows[k]] for k in mine]) ** 2
+    elsewhere = [not _is_counted_here(layer, sharded) for layer in layers]
+    squares = own**2
+    squares[torch.tensor(elsewhere, device=own.device)] = 0.0
     for group in _groups(mesh, tuple(sorted(sharded))):
         dist.all_reduce(squares, group=group)
     return squares.sqrt()
@@ -94,7 +101,7 @@ def _is_counted_here(layer: DTensor, sharded: set[int]) -> bool:
     """Whether this process is the first of those that hold the same shard."""
     here = layer.device_mesh.get_coordinate()
     return here is not None and all(
-        placement.is_shard() or here[dim] == 0
+        not placement.is_replicate() or here[dim] == 0
         for dim, placement in enumerate(layer.placements)
         if dim in sharded
     )

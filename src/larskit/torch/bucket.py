@@ -1,7 +1,6 @@
 """Layers that one engine steps together, and the choice of that engine."""
 
 from dataclasses import replace
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -197,7 +196,11 @@ class Bucket:
         if not all(is_sharded(g) and g.placements == p.placements for p, g in pairs):
             return False
         self._grads = [g.to_local() for g in self._grads]
-        return all(map(is_, map(self._local, self.params), self._locals))
+        now = map(self._local, self.params)  # views of what we hold, if it is as it was
+        return all(
+            x.data_ptr() == w.data_ptr() and x.shape == w.shape
+            for x, w in zip(now, self._locals, strict=True)
+        )
 
     def versions(self) -> list[int]:
         """Return what changes whenever somebody writes a parameter."""
@@ -218,19 +221,16 @@ class Bucket:
         flags = {"adapt": self.kind.adapt, "decay": self.kind.decay}
         self._config = replace(config, **flags, **moved)
 
-    def measured(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the weights, and what is measured beside them."""
-        rows = zip(self._weights, self._grads, self._former, strict=True)
-        return self._weights, [rule.measured(w, g, v, self._config) for w, g, v in rows]
-
     def measure(self) -> None:
         """Find the lengths before the step is taken, unless they are known."""
         if self.norms is not None:
             return
         if self._native is not None:
             self.norms = self._native.norms(self._config)
-        else:
-            self.norms = tuple(self._engine.lengths(xs) for xs in self.measured())
+            return
+        rows = zip(self._weights, self._grads, self._former, strict=True)
+        measured = [rule.measured(w, g, v, self._config) for w, g, v in rows]
+        self.norms = tuple(map(self._engine.lengths, (self._weights, measured)))
 
     def step_(self, group: dict[str, Any], state: Any, permitted: Any = True) -> None:
         """Move the layers and keep their state in `state`.

@@ -10,8 +10,6 @@ from torch import distributed as dist
 
 from larskit import config as _config
 from larskit.config import Config, check_lr
-from larskit.engines import foreach as _foreach
-from larskit.engines import native as _native
 from larskit.rule import Lengths
 from larskit.torch.bucket import (
     PER_LAYER,
@@ -88,17 +86,17 @@ class Plan:
             return
         from larskit.norms import dtensor
 
+        layers = self._sharded * 2  # as weights, and as what is measured beside them
         rows = {p: row for row, p in enumerate(self._sharded)}
-        shards: list[Any] = [p.to_local() for p in self._sharded]
-        shards += [None] * len(rows)
-        own = [bucket for bucket in self._buckets if bucket.kind.sharded]
-        for bucket in own:
-            for p, w, q in zip(bucket.params, *bucket.measured(), strict=True):
-                shards[rows[p]], shards[rows[p] + len(rows)] = w, q
-        found = dtensor.lengths(shards, self._sharded * 2, _lengths)
-        for bucket in own:
-            indices = torch.tensor([rows[p] for p in bucket.params])
-            bucket.norms = found[indices], found[indices + len(rows)]
+        own = dtensor.zeros(layers)
+        buckets = [bucket for bucket in self._buckets if bucket.kind.sharded]
+        indices = [torch.tensor([rows[p] for p in b.params]) for b in buckets]
+        for bucket, index in zip(buckets, indices, strict=True):
+            bucket.measure()
+            own[index], own[index + len(rows)] = bucket.norms
+        found = dtensor.completed(own, layers)
+        for bucket, index in zip(buckets, indices, strict=True):
+            bucket.norms = found[index], found[index + len(rows)]
 
     def _judge(self, policy: str, groups: list[dict[str, Any]]) -> Any:
         """Return whether all lengths are finite: a bool, or a flag on the device.
@@ -230,19 +228,6 @@ def _on_all_ranks(flags: Tensor) -> Tensor:
         dist.all_reduce(number, dist.ReduceOp.MIN)
         flag = number > 0
     return flag
-
-
-def _lengths(tensors: list[Tensor]) -> Tensor:
-    """Return the lengths of tensors of several dtypes, as the engines find them."""
-    found = torch.empty(len(tensors), dtype=torch.float64, device=tensors[0].device)
-    for dtype in {x.dtype for x in tensors}:
-        rows = [i for i, x in enumerate(tensors) if x.dtype == dtype]
-        own = [tensors[i] for i in rows]
-        try:
-            found[rows] = _native.lengths(own)
-        except _native.Unfit:
-            found[rows] = _foreach.lengths(own)
-    return found
 
 
 def config_of(group: dict[str, Any]) -> Config:

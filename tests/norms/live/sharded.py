@@ -22,6 +22,11 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from larskit.torch import LARS
 
@@ -129,19 +134,45 @@ def differing(ours: Any, theirs: Any, exact: bool) -> list[int]:
     return [i for i, (a, b) in enumerate(pairs) if not torch.allclose(a, b, rtol=1e-5)]
 
 
-def fsdp2(options: Any) -> Any:
-    """A real module under fully_shard, on equal batches; against the module alone."""
+def fsdp2(net: Any) -> None:
+    for layer in (net[0], net[2], net):
+        fully_shard(layer)
 
-    def build() -> Any:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(8, 33), nn.ReLU(), nn.Linear(33, 3))
 
+def tensor_parallel(net: Any, mesh: Any = None) -> None:
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(net, mesh, plan)
+
+
+def both(net: Any) -> None:
+    """Cut what tensor parallel has cut by columns once more, by rows."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    tensor_parallel(net, mesh["tensor"])
+    for layer in (net[0], net[2]):
+        fully_shard(layer, mesh=mesh["data"])
+
+
+def hsdp(net: Any) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for layer in (net[0], net[2], net):
+        fully_shard(layer, mesh=mesh)
+
+
+MODULES: dict[int, list[Any]] = {
+    2: [fsdp2, tensor_parallel],
+    4: [fsdp2, tensor_parallel, both, hsdp],
+}
+
+
+def modules(spread: Any, options: Any) -> Any:
+    """Train a real module, spread over the processes, and the module alone."""
     found, counts = [], {}
     for sharded in (True, False):
-        net = build()
+        torch.manual_seed(0)
+        net: Any = nn.Sequential(nn.Linear(8, 36), nn.ReLU(), nn.Linear(36, 4))
         if sharded:
-            for layer in (net[0], net[2], net):
-                fully_shard(layer)
+            spread(net)
         optimizer = LARS(net.named_parameters(), 1.0, trust_coefficient=0.1, **options)
         for step in range(5):
             x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
@@ -150,7 +181,36 @@ def fsdp2(options: Any) -> Any:
             optimizer.zero_grad()
             counts = made if sharded else counts
         found.append([whole(p).detach() for p in net.parameters()])
-    return differing(*found, exact=False), counts
+        found.append([whole(x) for x in map(momentum(optimizer), net.parameters())])
+    weights, buffers = (differing(*found[i::2], exact=False) for i in (0, 1))
+    return {"weights": weights, "buffers": buffers, "collectives": counts}
+
+
+def momentum(optimizer: Any) -> Any:
+    return lambda p: optimizer.state[p]["momentum_buffer"]
+
+
+def masters() -> Any:
+    """Keep float32 weights beside sharded ones of bfloat16."""
+    found = []
+    for sharded in (True, False):
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+        def place(x: Any, mesh: Any = mesh, sharded: bool = sharded) -> Any:
+            x = x.bfloat16()
+            return distribute_tensor(x, mesh, [S0]) if sharded else x
+
+        params = [nn.Parameter(place(x)) for x in full(0)]
+        optimizer = LARS(params, 1.0, master_weights=True)
+        for step in range(1, 6):
+            for p, g in zip(params, full(step), strict=True):
+                p.grad = place(g)
+            optimizer.step()
+        kept = [optimizer.state[p]["master_weight"] for p in params]
+        found += [list(map(whole, params)), list(map(whole, kept))]
+        assert all(x.dtype == torch.float32 for x in kept)
+    weights, buffers = (differing(*found[i::2], exact=True) for i in (0, 1))
+    return {"weights": weights, "buffers": buffers, "collectives": {}}
 
 
 def main() -> None:
@@ -169,13 +229,10 @@ def main() -> None:
                         "buffers": differing(found[1], expected[1], exact=True),
                         "collectives": counts,
                     }
-    for engine, switches in ENGINES.items():
-        differ, counts = fsdp2(switches)
-        results[f"fully_shard, {engine}"] = {
-            "weights": differ,
-            "buffers": [],
-            "collectives": counts,
-        }
+    for spread in MODULES[dist.get_world_size()]:
+        for engine, switches in ENGINES.items():
+            results[f"{spread.__name__}, {engine}"] = modules(spread, switches)
+    results["masters"] = masters()
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(results, file)
