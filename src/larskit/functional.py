@@ -287,7 +287,7 @@ def update(
         layers.like(grads, "grads"),
         layers.like(state.momentum, "state.momentum"),
         layers.rates(lr, "lr"),
-        layers.configs(_at_step(config, state.count), adapt, decay),
+        layers.configs(at_step(config, state.count), adapt, decay),
         strict=True,
     )
     moved = _moved(list(rows))
@@ -445,7 +445,7 @@ def _from_numpy(x: np.ndarray, like: Any) -> Any:
     return new
 
 
-def _at_step(config: Config, count: Any) -> Config:
+def at_step(config: Config, count: Any) -> Config:
     """Return `config` without its dampening where this is the first step."""
     dampening = config.dampening
     undamped = is_number(dampening) and dampening == 0

@@ -47,11 +47,12 @@ class Lengths(NamedTuple):
 
 
 def norm(x: Any) -> Any:
-    """Return the Euclidean length of all elements of `x`, as a wide 0-d array.
+    """Return the Euclidean length of all elements of `x`, as a wide 0-d array."""
+    return root(sum_of_squares(x))
 
-    Its gradient at zero is zero, not NaN.
-    """
-    squares = sum_of_squares(x)
+
+def root(squares: Any) -> Any:
+    """Return the square root; its gradient at zero is zero, not NaN."""
     xp = namespace(squares)
     zero = squares <= 0  # never below; and the == of Paddle is a fuzzy one
     root = xp.sqrt(xp.where(zero, xp.ones_like(squares), squares))
@@ -216,18 +217,25 @@ def step(
     w', v' : arrays of shape S
         In the dtype of w, and of v (of w on the first step).
     """
+    y, new_v = descent(w, g, v, ratio, lr, config)
+    new_w = cast(widen(w) - y, dtype_name(w))
+    return new_w, cast(new_v, dtype_name(w if v is None else v))
+
+
+def descent(
+    w: Any, g: Any, v: Any, ratio: Any, lr: Any, config: Config
+) -> tuple[Any, Any]:
+    """Return what `step` subtracts from the weights, and v', both in a wide dtype."""
     u = decayed(w, g, config)
-    ratio, wide, lr = rounded(ratio, u), widen(w), scalar(lr, u)
+    ratio, lr = rounded(ratio, u), scalar(lr, u)
     if config.denominator == "momentum":
         new_v, y = _accumulate_plain(v, u, config)
-        new_w = wide - (lr * ratio) * y
-    elif config.lr_placement == "inside":
+        return (lr * ratio) * y, new_v
+    if config.lr_placement == "inside":
         new_v, y = _accumulate(v, (lr * ratio) * u, config)
-        new_w = wide - y
-    else:
-        new_v, y = _accumulate(v, ratio * u, config)
-        new_w = wide - lr * y
-    return cast(new_w, dtype_name(w)), cast(new_v, dtype_name(w if v is None else v))
+        return y, new_v
+    new_v, y = _accumulate(v, ratio * u, config)
+    return lr * y, new_v
 
 
 def update(

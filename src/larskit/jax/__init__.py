@@ -6,6 +6,7 @@ except ImportError as missing:
     raise ImportError("larskit.jax needs JAX: pip install 'larskit[jax]'") from missing
 
 from larskit.jax.optimizer import LARS
+from larskit.jax.transform import LarsState, lars
 from larskit.jax.variables import TrainVar, Variable
 
-__all__ = ["LARS", "TrainVar", "Variable"]
+__all__ = ["LARS", "LarsState", "TrainVar", "Variable", "lars"]
