@@ -1,4 +1,4 @@
-"""The optimizer of JAX objects: `LARS`, and the variables it trains."""
+"""LARS for JAX: transformations of gradients, and an optimizer of variables."""
 
 try:
     import jax  # noqa: F401
@@ -6,7 +6,15 @@ except ImportError as missing:
     raise ImportError("larskit.jax needs JAX: pip install 'larskit[jax]'") from missing
 
 from larskit.jax.optimizer import LARS
-from larskit.jax.transform import LarsState, lars
+from larskit.jax.transform import LarsState, ScaleByLarsState, lars, scale_by_lars
 from larskit.jax.variables import TrainVar, Variable
 
-__all__ = ["LARS", "LarsState", "TrainVar", "Variable", "lars"]
+__all__ = [
+    "LARS",
+    "LarsState",
+    "ScaleByLarsState",
+    "TrainVar",
+    "Variable",
+    "lars",
+    "scale_by_lars",
+]

@@ -1,6 +1,6 @@
 """LARS as gradient transformations in optax's form, without optax."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from larskit.config import Config, Denominator, LrPlacement, check_lr, is_number
 from larskit.functional import at_step
 from larskit.hook import Transformation
 from larskit.norms import mesh
-from larskit.select import Selection, check_matched, select
+from larskit.select import check_matched, select
 
 Schedule = Any  # a number, an array of shape (), or a callable of the step count
 
@@ -29,9 +29,14 @@ class LarsState(NamedTuple):
     momentum: Any
 
 
-export.register_namedtuple_serialization(
-    LarsState, serialized_name="larskit.jax.LarsState"
-)
+class ScaleByLarsState(NamedTuple):
+    """Nothing: `scale_by_lars` keeps no state."""
+
+
+for _state in (LarsState, ScaleByLarsState):
+    export.register_namedtuple_serialization(
+        _state, serialized_name=f"larskit.jax.{_state.__name__}"
+    )
 
 
 def lars(
@@ -87,9 +92,9 @@ def lars(
         do: each slice gets a ratio of its own. An int is for all arrays; a callable
         gets ``(name, array)`` and returns an int or None.
     axis_names : sequence of str, mapping of pattern to such, or callable, optional
-        Inside `jax.shard_map`: the mesh axes over which an array is sharded, so that the
-        lengths are those of whole layers. As `layer_axis` for several kinds of arrays.
-        Under `jax.jit` with sharded arrays nothing is needed.
+        Inside `jax.shard_map`: the mesh axes over which an array is sharded, so that
+        the lengths are those of whole layers. As `layer_axis` for several kinds of
+        arrays. Under `jax.jit` with sharded arrays nothing is needed.
 
     Returns
     -------
@@ -129,8 +134,8 @@ def lars(
     if not callable(learning_rate):
         check_lr(learning_rate, "learning_rate")
     keeps = not (is_number(momentum) and momentum == 0)
-    layers_of = partial(
-        _Layers,
+    layers = partial(
+        _layers,
         adapt=adapt,
         decay=decay,
         layer_axis=layer_axis,
@@ -139,164 +144,247 @@ def lars(
 
     def init(params: Any) -> LarsState:
         zeros = partial(jnp.zeros_like, dtype=accumulator_dtype)
-        buffers = layers_of(params).map(zeros) if keeps else None
-        return LarsState(jnp.zeros((), jnp.int32), buffers)
+        found, structure = layers(params)
+        buffers = [zeros(layer.array) for layer in found]
+        kept = structure.unflatten(buffers) if keeps else None
+        return LarsState(jnp.zeros((), jnp.int32), kept)
 
     def update(
         updates: Any, state: LarsState, params: Any = None
     ) -> tuple[Any, LarsState]:
-        layers = layers_of(params)
-        rate, wd = (_at(x, state.count) for x in (learning_rate, weight_decay))
+        rate, wd = (_now(x, state.count) for x in (learning_rate, weight_decay))
         now = at_step(replace(config, weight_decay=wd), state.count)
-        y, momentum = layers.descent(updates, state.momentum, rate, now)
-        new = jax.tree_util.tree_map(jnp.negative, y)
-        return new, LarsState(state.count + 1, momentum)
+        found, structure = layers(params)
+        grads = _like(found, structure, updates, "updates")
+        buffers = [None] * len(found)
+        if keeps:
+            buffers = _like(found, structure, state.momentum, "state.momentum")
+        y, kept = _descent(found, grads, buffers, rate, now)
+        new = [None if x is None else -x for x in y]
+        buffers = structure.unflatten(kept) if keeps else None
+        return structure.unflatten(new), LarsState(state.count + 1, buffers)
 
     return Transformation(init, update)
 
 
-def _at(value: Schedule, count: Any) -> Any:
+def scale_by_lars(
+    weight_decay: Any = Config.weight_decay,
+    trust_coefficient: Any = Config.trust_coefficient,
+    eps: Any = Config.eps,
+    *,
+    denominator: Denominator = Config.denominator,
+    threshold: Any = Config.threshold,
+    adapt: Any = None,
+    decay: Any = None,
+    layer_axis: Any = None,
+    axis_names: Any = None,
+) -> Transformation:
+    """Return the trust ratios alone: each gradient becomes ``r * (g + wd*w)``.
+
+    For a chain in which others bring the learning rate, its sign, and momentum:
+    ``optax.chain(scale_by_lars(1e-4), optax.sgd(1.0, momentum=0.9))`` has the rate
+    outside the buffer.
+
+    Parameters
+    ----------
+    weight_decay, trust_coefficient, eps, denominator, threshold
+        As those of `lars`; no callables, and no ``denominator="momentum"``.
+    adapt, decay, layer_axis, axis_names
+        As those of `lars`.
+
+    Returns
+    -------
+    Transformation
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `lars` does.
+    """
+    config = Config(
+        momentum=0.0,
+        weight_decay=weight_decay,
+        trust_coefficient=trust_coefficient,
+        eps=eps,
+        denominator=denominator,
+        lr_placement="outside",
+        threshold=threshold,
+    )
+    if denominator == "momentum":
+        raise ValueError(
+            "denominator='momentum' measures a buffer, but scale_by_lars keeps none: "
+            "use larskit.jax.lars, or denominator='decayed_gradient'"
+        )
+    layers = partial(
+        _layers,
+        adapt=adapt,
+        decay=decay,
+        layer_axis=layer_axis,
+        axis_names=axis_names,
+    )
+
+    def init(params: Any) -> ScaleByLarsState:
+        layers(params)
+        return ScaleByLarsState()
+
+    def update(
+        updates: Any, state: ScaleByLarsState, params: Any = None
+    ) -> tuple[Any, ScaleByLarsState]:
+        found, structure = layers(params)
+        grads = _like(found, structure, updates, "updates")
+        y, _ = _descent(found, grads, [None] * len(found), 1.0, config)
+        return structure.unflatten(y), state
+
+    return Transformation(init, update)
+
+
+def _now(value: Schedule, count: Any) -> Any:
     return value(count) if callable(value) else value
 
 
-class _Layers:
-    """The arrays of a tree of parameters, and how each of them is stepped."""
+class _Layer(NamedTuple):
+    """An array of parameters: one layer, or several along an axis."""
 
-    def __init__(
-        self, params: Any, *, adapt: Any, decay: Any, layer_axis: Any, axis_names: Any
-    ) -> None:
-        if params is None:
-            raise ValueError(
-                "params is None, but LARS measures the parameters: call "
-                "update(grads, state, params)"
-            )
-        leaves, self._structure = jax.tree_util.tree_flatten_with_path(params)
-        self.names = [keystr(path, simple=True, separator=".") for path, _ in leaves]
-        self.arrays = [w for _, w in leaves]
-        for name, w in zip(self.names, self.arrays, strict=True):
-            check_floating(w, f"params at {name!r}")
-        self.axes = self._chosen(layer_axis, "layer_axis")
-        layers = list(map(_layer, self.arrays, self.axes, self.names))
-        self.adapt = self._flags(adapt, params, layers, "adapt")
-        self.decay = self._flags(decay, params, layers, "decay")
-        self.mesh_axes = list(map(_words, self._chosen(axis_names, "axis_names")))
+    name: str
+    array: Any
+    axis: int | None
+    mesh_axes: tuple[str, ...]
+    adapt: bool
+    decay: bool
 
-    def _chosen(self, choice: Any, what: str) -> list[Any]:
-        """Return what is chosen for each array: for all, by pattern, or by a call."""
-        if callable(choice):
-            return list(map(choice, self.names, self.arrays))
-        if not isinstance(choice, Mapping):
-            return [choice] * len(self.names)
-        found: list[Any] = [None] * len(self.names)
-        for pattern, value in choice.items():
-            selected = select(pattern, self.names, self.arrays, what)
-            check_matched(pattern, selected, what)
-            for i in np.flatnonzero(selected):
-                found[i] = value
-        return found
 
-    def _flags(self, choice: Any, params: Any, layers: Any, what: str) -> Any:
-        if _is_mask(choice):
-            spread = jax.tree_util.tree_map(
-                lambda flag, tree: jax.tree_util.tree_map(lambda _: bool(flag), tree),
-                choice,
-                params,
-            )
-            return jax.tree_util.tree_leaves(spread)
-        selected = select(choice, self.names, layers, what)
-        check_matched(choice, selected, what)
-        return selected
-
-    def map(self, function: Callable[[Any], Any]) -> Any:
-        """Return a tree like that of the parameters."""
-        return self._tree(map(function, self.arrays))
-
-    def _tree(self, leaves: Iterable[Any]) -> Any:
-        return jax.tree_util.tree_unflatten(self._structure, list(leaves))
-
-    def descent(
-        self, updates: Any, momentum: Any, lr: Any, config: Config
-    ) -> tuple[Any, Any]:
-        """Return what to subtract from the parameters, and the new momentum."""
-        grads, buffers = (
-            self._like(updates, "updates"),
-            self._like(momentum, "momentum"),
+def _layers(
+    params: Any, *, adapt: Any, decay: Any, layer_axis: Any, axis_names: Any
+) -> tuple[list[_Layer], Any]:
+    """Return the layers of a tree of parameters, and its structure."""
+    if params is None:
+        raise ValueError(
+            "params is None, but LARS measures the parameters: call "
+            "update(grads, state, params)"
         )
-        new, kept = list(grads), list(buffers)
-        moved = [i for i, g in enumerate(grads) if g is not None]
-        configs = {
-            i: replace(config, adapt=self.adapt[i], decay=self.decay[i]) for i in moved
-        }
-        w = [self.arrays[i] for i in moved]
-        q = [
-            rule.measured(self.arrays[i], grads[i], buffers[i], configs[i])
-            for i in moved
-        ]
-        for i, w_norm, q_norm in zip(moved, *self._norms(moved, w, q), strict=True):
-            ratio = rule.trust_ratio(w_norm, q_norm, lr, configs[i])
-            if (axis := self.axes[i]) is not None:
-                n = self.arrays[i].ndim
-                others = [k for k in range(n) if k != axis % n]
-                ratio = jnp.expand_dims(ratio, others)
-            layer = self.arrays[i], grads[i], buffers[i], ratio
-            y, v = rule.descent(*layer, lr, configs[i])
-            new[i] = cast(y, dtype_name(grads[i]))
-            kept[i] = v if buffers[i] is None else cast(v, dtype_name(buffers[i]))
-        return self._tree(new), momentum if momentum is None else self._tree(kept)
-
-    def _norms(self, rows: list[int], w: list[Any], q: list[Any]) -> Any:
-        """Return the lengths of weights, and of what is measured beside them."""
-        axes = [self.axes[i] for i in rows] * 2
-        squares = list(map(_squares, (*w, *q), axes))
-        mesh_axes = [self.mesh_axes[i] for i in rows] * 2
-        if any(mesh_axes):
-            squares = mesh.summed(squares, mesh_axes)
-        norms = list(map(rule.root, squares))
-        return norms[: len(rows)], norms[len(rows) :]
-
-    def _like(self, tree: Any, what: str) -> list[Any]:
-        """Return the arrays of `tree`; None where it has none."""
-        if tree is None:
-            return [None] * len(self.arrays)
-        try:
-            leaves = self._structure.flatten_up_to(tree)
-        except ValueError as why:
-            raise ValueError(f"{what} is no tree like params: {why}") from why
-        for name, x, w in zip(self.names, leaves, self.arrays, strict=True):
-            if x is not None and jnp.shape(x) != jnp.shape(w):
-                raise ValueError(
-                    f"{what} at {name!r} has the shape {jnp.shape(x)}, expected that of "
-                    f"the parameter, {jnp.shape(w)}"
-                )
-        return leaves
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    names = [keystr(path, simple=True, separator=".") for path, _ in leaves]
+    arrays = [w for _, w in leaves]
+    for name, w in zip(names, arrays, strict=True):
+        check_floating(w, f"params at {name!r}")
+    axes = _chosen(layer_axis, names, arrays, "layer_axis")
+    slices = list(map(_slice, names, arrays, axes))
+    flags = [
+        _flags(choice, params, names, slices, what)
+        for choice, what in ((adapt, "adapt"), (decay, "decay"))
+    ]
+    mesh_axes = [
+        (own,) if isinstance(own, str) else tuple(own or ())
+        for own in _chosen(axis_names, names, arrays, "axis_names")
+    ]
+    return list(map(_Layer, names, arrays, axes, mesh_axes, *flags)), structure
 
 
-def _is_mask(choice: Any) -> bool:
-    leaves = jax.tree_util.tree_leaves(choice)
-    flags = leaves and all(isinstance(x, (bool, np.bool_)) for x in leaves)
-    return bool(flags) and not isinstance(choice, (bool, np.bool_))
+def _chosen(choice: Any, names: list[str], arrays: list[Any], what: str) -> list[Any]:
+    """Return what is chosen for each array: for all, by pattern, or by a call."""
+    if callable(choice):
+        return list(map(choice, names, arrays))
+    if not isinstance(choice, Mapping):
+        return [choice] * len(names)
+    found: list[Any] = [None] * len(names)
+    for pattern, value in choice.items():
+        selected = select(pattern, names, arrays, what)
+        check_matched(pattern, selected, what)
+        for i in np.flatnonzero(selected):
+            found[i] = value
+    return found
 
 
-def _layer(w: Any, axis: int | None, name: str) -> Any:
-    """Return the shape of one layer of a stack."""
+def _slice(name: str, w: Any, axis: int | None) -> Any:
+    """Return the shape of one layer of an array."""
     shape = jnp.shape(w)
     if axis is None:
         return jax.ShapeDtypeStruct(shape, w.dtype)
     if not -len(shape) <= axis < len(shape):
         raise ValueError(
             f"layer_axis is {axis} for {name!r}, which has the shape {shape}: pass a "
-            "mapping or a callable that says None for it"
+            "mapping or a callable that leaves it out"
         )
     rest = [n for i, n in enumerate(shape) if i != axis % len(shape)]
     return jax.ShapeDtypeStruct(tuple(rest), w.dtype)
 
 
-def _squares(x: Any, axis: int | None) -> Any:
-    """Return the sum of squares of each layer in a stack, or of the only one."""
+def _flags(
+    choice: Any, params: Any, names: list[str], slices: list[Any], what: str
+) -> Sequence[bool]:
+    if _is_mask(choice):
+        return jax.tree_util.tree_leaves(
+            jax.tree_util.tree_map(
+                lambda flag, part: jax.tree_util.tree_map(lambda _: bool(flag), part),
+                choice,
+                params,
+            )
+        )
+    selected = select(choice, names, slices, what)
+    check_matched(choice, selected, what)
+    return selected
+
+
+def _is_mask(choice: Any) -> bool:
+    leaves = jax.tree_util.tree_leaves(choice)
+    flags = [isinstance(x, (bool, np.bool_)) for x in leaves]
+    return bool(flags) and all(flags) and not isinstance(choice, bool)
+
+
+def _like(layers: list[_Layer], structure: Any, tree: Any, what: str) -> list[Any]:
+    """Return the arrays that a tree has for the layers; None where it has none."""
+    try:
+        leaves = structure.flatten_up_to(tree)
+    except ValueError as why:
+        raise ValueError(f"{what} is no tree like params: {why}") from why
+    for layer, x in zip(layers, leaves, strict=True):
+        if x is not None and jnp.shape(x) != jnp.shape(layer.array):
+            raise ValueError(
+                f"{what} at {layer.name!r} has the shape {jnp.shape(x)}, expected that "
+                f"of the parameter, {jnp.shape(layer.array)}"
+            )
+    return leaves
+
+
+def _descent(
+    layers: list[_Layer], grads: list[Any], buffers: list[Any], lr: Any, config: Config
+) -> tuple[list[Any], list[Any]]:
+    """Return what to subtract from the parameters, and the new momentum."""
+    configs = [replace(config, adapt=x.adapt, decay=x.decay) for x in layers]
+    new, kept = [None] * len(layers), list(buffers)
+    rows = [i for i, g in enumerate(grads) if g is not None]
+    norms = _norms(rows, layers, grads, buffers, configs)
+    for i, w_norm, q in zip(rows, *norms, strict=True):
+        w, g, v = layers[i].array, grads[i], buffers[i]
+        ratio = rule.trust_ratio(w_norm, q, lr, configs[i])
+        ratio = _along(layers[i].axis, ratio, w)
+        y, new_v = rule.descent(w, g, v, ratio, lr, configs[i])
+        new[i] = cast(y, dtype_name(g))
+        kept[i] = new_v if v is None else cast(new_v, dtype_name(v))
+    return new, kept
+
+
+def _norms(
+    rows: list[int], layers: list[_Layer], grads: Any, buffers: Any, configs: Any
+) -> tuple[list[Any], list[Any]]:
+    """Return the lengths of weights, and of what is measured beside them."""
+    w = [layers[i].array for i in rows]
+    q = [rule.measured(layers[i].array, grads[i], buffers[i], configs[i]) for i in rows]
+    squares = list(map(_squares, [layers[i].axis for i in rows] * 2, (*w, *q)))
+    squares = mesh.summed(squares, [layers[i].mesh_axes for i in rows] * 2)
+    norms = list(map(rule.root, squares))
+    return norms[: len(rows)], norms[len(rows) :]
+
+
+def _squares(axis: int | None, x: Any) -> Any:
+    """Return the sum of squares of a layer, or of each along an axis."""
     if axis is None:
         return rule.sum_of_squares(x)
     return jax.vmap(rule.sum_of_squares, axis)(x)
 
 
-def _words(names: Any) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names or ())
+def _along(axis: int | None, ratio: Any, w: Any) -> Any:
+    """Return a ratio for each layer along an axis, ready to multiply the array."""
+    if axis is None:
+        return ratio
+    return jnp.expand_dims(ratio, [i for i in range(w.ndim) if i != axis % w.ndim])

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Axes = tuple[str, ...]
 
@@ -29,11 +30,11 @@ def summed(squares: Sequence[Any], axes: Sequence[Axes]) -> list[Any]:
         One all-reduce for each distinct set of axes.
     """
     found = list(squares)
-    for names in {frozenset(names) for names in axes if names}:
+    for names in dict.fromkeys(frozenset(own) for own in axes if own):
         rows = [i for i, own in enumerate(axes) if frozenset(own) == names]
         flat = jnp.concatenate([squares[i].reshape(-1) for i in rows])
         total = jax.lax.psum(flat, tuple(sorted(names)))
-        ends = jnp.cumsum(jnp.asarray([squares[i].size for i in rows]))[:-1]
+        ends = np.cumsum([squares[i].size for i in rows])[:-1]
         for i, part in zip(rows, jnp.split(total, ends), strict=True):
             found[i] = part.reshape(squares[i].shape)
     return found
