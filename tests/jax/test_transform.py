@@ -19,6 +19,7 @@ from larskit import functional
 from larskit.jax import LarsState, lars, scale_by_lars
 
 ETA = 0.1
+apply_updates: Any = optax.apply_updates
 
 
 def tree(seed=0, dtype=jnp.float32) -> dict[str, Any]:
@@ -29,12 +30,12 @@ def tree(seed=0, dtype=jnp.float32) -> dict[str, Any]:
     return {"dense": {"kernel": kernel, "bias": bias}, **arrays}
 
 
-def train(tx, params, steps=5, jit=True, grads=None):
+def train(tx, params, steps=5, jit=True, grads=None) -> Any:
     state = tx.init(params)
 
     def step(params, state, g):
         updates, state = tx.update(g, state, params)
-        return optax.apply_updates(params, updates), state
+        return apply_updates(params, updates), state
 
     step = jax.jit(step) if jit else step
     for i in range(steps):
@@ -113,7 +114,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_it_works_inside_the_wrappers_of_optax(wrapper, dtype):
-    def make(learning_rate=0.5, weight_decay=0.01):
+    def make(learning_rate=0.5, weight_decay=0.01) -> Any:
         return lars(learning_rate, weight_decay=weight_decay, trust_coefficient=ETA)
 
     grads = tree(1, dtype)
@@ -125,8 +126,9 @@ def test_it_works_inside_the_wrappers_of_optax(wrapper, dtype):
 
 def test_hyper_parameters_can_be_injected_and_scheduled():
     schedule = optax.linear_schedule(1.0, 0.0, 4)
-    static = {"learning_rate": schedule, "weight_decay": schedule}
-    injected = optax.inject_hyperparams(lars)(**static, trust_coefficient=ETA)
+    static: Any = {"learning_rate": schedule, "weight_decay": schedule}
+    factory: Any = lars
+    injected = optax.inject_hyperparams(factory)(**static, trust_coefficient=ETA)
     own = lars(**static, trust_coefficient=ETA)
     found, state = train(injected, tree())
     close(found, train(own, tree())[0])
@@ -190,10 +192,10 @@ def test_stacked_layers_step_as_each_of_them_alone(axis, options, seed):
     states = [one.init(params) for params in alone]
     for g in gs:
         updates, state = tx.update({"w": g}, state, stacked)
-        stacked = optax.apply_updates(stacked, updates)
+        stacked = apply_updates(stacked, updates)
         for i, params in enumerate(alone):
             own, states[i] = one.update({"w": jnp.take(g, i, axis)}, states[i], params)
-            alone[i] = optax.apply_updates(params, own)
+            alone[i] = apply_updates(params, own)
     for i, params in enumerate(alone):
         close(jnp.take(stacked["w"], i, axis), params["w"], rtol=1e-5)
 
@@ -230,15 +232,15 @@ def loss(params, x):
     return jnp.mean(y**2)
 
 
-def model(seed=0):
+def model(seed=0) -> Any:
     rng = np.random.default_rng(seed)
     kernel = jnp.asarray(rng.standard_normal((3, 2)), jnp.float32)
     return {"kernel": kernel, "bias": jnp.full(2, 0.1)}
 
 
-def step(tx, params, state, x):
+def step(tx: Any, params: Any, state: Any, x: Any) -> Any:
     updates, state = tx.update(jax.grad(loss)(params, x), state, params)
-    return optax.apply_updates(params, updates), state
+    return apply_updates(params, updates), state
 
 
 def test_scan_vmap_and_donation():
@@ -247,13 +249,14 @@ def test_scan_vmap_and_donation():
 
     def scanned(params):
         def body(carry, _):
-            return step(tx, *carry, x), None
+            params, state = carry
+            return step(tx, params, state, x), None
 
         return jax.lax.scan(body, (params, tx.init(params)), length=5)[0]
 
     expected = model(), tx.init(model())
     for _ in range(5):
-        expected = step(tx, *expected, x)
+        expected = step(tx, expected[0], expected[1], x)
     close(scanned(model()), expected)
     several = jax.tree.map(lambda *xs: jnp.stack(xs), *map(model, range(3)))
     together = jax.vmap(scanned)(several)

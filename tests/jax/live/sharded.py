@@ -35,6 +35,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"denominator": "momentum", "lr_placement": "outside"},
     {"denominator": "gradient", "lr_placement": "outside", "clip": True},
 ]
+apply_updates: Any = optax.apply_updates
 COLLECTIVE = r" (all-\w+|reduce-scatter|collective-permute)(?:-start)?\("
 
 
@@ -82,9 +83,9 @@ def case(make: Any, layout: Any, options: Any, kind: Any) -> dict[str, Any]:
     state, plain = own.init(params), whole.init(expected)
     for i in range(4):
         updates, state = update(place(arrays(i + 1)), state, params)
-        params = optax.apply_updates(params, updates)
+        params = apply_updates(params, updates)
         updates, plain = whole.update(arrays(i + 1), plain, expected)
-        expected = optax.apply_updates(expected, updates)
+        expected = apply_updates(expected, updates)
     text = update.lower(place(arrays(1)), state, params).compile().as_text()
     close = jax.tree.map(lambda a, b: bool(jnp.allclose(a, b, 1e-5)), params, expected)
     return {
