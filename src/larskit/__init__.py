@@ -1,7 +1,8 @@
 """One LARS (layer-wise adaptive rate scaling) for every framework.
 
 `lars_update` is the function, `GradientLARS` the gradient hook; the optimizers are
-``larskit.torch.LARS`` and ``larskit.jax.LARS``, loaded on first touch.
+``larskit.torch.LARS``, ``larskit.jax.LARS`` and ``larskit.keras.LARS``, loaded on first
+touch.
 """
 
 from importlib import import_module
@@ -12,12 +13,20 @@ from larskit.hook import GradientLARS
 from larskit.tree import Array, Container
 
 if TYPE_CHECKING:
-    from larskit import jax, torch
+    from larskit import jax, keras, torch
 
 __version__ = "0.1.0"
-__all__ = ["Array", "Container", "GradientLARS", "jax", "lars_update", "torch"]
+__all__ = [
+    "Array",
+    "Container",
+    "GradientLARS",
+    "jax",
+    "keras",
+    "lars_update",
+    "torch",
+]
 
-_FACES = ("torch", "jax")
+_FACES = ("torch", "jax", "keras")
 
 
 def __getattr__(name: str) -> Any:

@@ -92,7 +92,8 @@ def test_it_is_optax_lars(decay):
 
 def test_trust_ratios_alone():
     inner = partial(optax.sgd, 0.5, momentum=0.8)
-    chained = optax.chain(scale_by_lars(0.01, ETA), inner())
+    alone: Any = scale_by_lars(0.01, ETA)
+    chained = optax.chain(alone, inner())
     whole = lars(0.5, 0.8, 0.01, ETA, lr_placement="outside")
     close(train(chained, tree())[0], train(whole, tree())[0])
     assert jax.tree.leaves(scale_by_lars().init(tree())) == []
