@@ -4,7 +4,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 SOURCES := .venv/modules pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 
-.PHONY: run test test-all environments lint format bench bench-sharded dist clean
+.PHONY: run test test-all environments lint format bench bench-jax bench-sharded dist clean
 
 run: .venv/app  ## the study that shows the point, then one full training
 	$(BIN)/larskit study --models convnet convnet-plain --optimizers sgd lars adamw \
@@ -18,7 +18,7 @@ test: .venv/dev environments  ## every test but the slow ones, offline
 test-all: .venv/dev environments  ## every test
 	PIP_NO_INDEX=1 $(BIN)/python -m pytest $(ARGS)
 
-environments: .venv/dev  ## the seeds' own environments, in the user's cache folder
+environments: .venv/dev  ## those of seeds and peers, in the user's cache folder
 	$(BIN)/python tests/interop/environments.py
 
 lint: .venv/dev
@@ -32,6 +32,9 @@ format: .venv/dev
 
 bench: .venv/dev  ## one step of every optimizer, side by side; makes the peers' environments
 	$(BIN)/python benchmarks/step.py $(ARGS)
+
+bench-jax: .venv/dev  ## one compiled step of JAX's optimizers
+	$(BIN)/python benchmarks/jax_step.py $(ARGS)
 
 bench-sharded: .venv/dev  ## one step over sharded layers in several processes, and what it sends
 	$(BIN)/python benchmarks/sharded.py $(ARGS)

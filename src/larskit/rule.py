@@ -30,6 +30,7 @@ from larskit.arrays import (
     namespace,
     norm_dtype,
     scalar,
+    scaled_by_one,
     widen,
 )
 from larskit.config import Config, is_number
@@ -233,7 +234,7 @@ def descent(
         return (lr * ratio) * y, new_v
     if config.lr_placement == "inside":
         new_v, y = _accumulate(v, (lr * ratio) * u, config)
-        return y, new_v
+        return scaled_by_one(y), new_v
     new_v, y = _accumulate(v, ratio * u, config)
     return lr * y, new_v
 
