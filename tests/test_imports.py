@@ -23,7 +23,7 @@ def python(code: str) -> str:
 def test_import_loads_no_framework():
     code = f"import sys, larskit; print([f for f in {FRAMEWORKS} if f in sys.modules])"
     assert python(code) == "[]"
-    listed = "import larskit; print({'torch', 'jax'} <= set(dir(larskit)))"
+    listed = "import larskit; print({'torch', 'jax', 'keras'} <= set(dir(larskit)))"
     assert python(listed) == "True"
 
 
@@ -37,7 +37,7 @@ def test_import_is_light():
 
 @pytest.mark.parametrize(
     ("face", "framework", "named"),
-    [("torch", "torch", "PyTorch"), ("jax", "jax", "JAX")],
+    [("torch", "torch", "PyTorch"), ("jax", "jax", "JAX"), ("keras", "keras", "Keras")],
 )
 @pytest.mark.parametrize("way", ["import larskit; larskit.{0}", "import larskit.{0}"])
 def test_a_missing_framework_is_named_with_its_extra(face, framework, named, way):
@@ -51,6 +51,19 @@ except ImportError as why:
 """
     message = f"larskit.{face} needs {named}: pip install 'larskit[{face}]'"
     assert python(code) == message
+
+
+def test_a_missing_backend_is_not_taken_for_a_missing_keras():
+    code = """
+import os, sys
+os.environ["KERAS_BACKEND"] = "torch"
+sys.modules["torch"] = None
+try:
+    import larskit.keras
+except ImportError as why:
+    print(why.name)
+"""
+    assert python(code) == "torch"
 
 
 def test_an_unknown_name():

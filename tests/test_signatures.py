@@ -1,6 +1,7 @@
 """The same hyper-parameter bears the same name, order and default in every face."""
 
 import inspect
+import os
 
 import pytest
 
@@ -8,9 +9,16 @@ from larskit import functional
 from larskit.config import NAMES, Config
 from larskit.torch import LARS
 
+os.environ.setdefault("KERAS_BACKEND", "jax")
+from larskit import keras
+
 # Decided for each layer before the rule sees it, or bound to one seed.
 SELECTED, SEED_ONLY = ("adapt", "decay"), ("zero_guard",)
-FACES = {"torch": LARS.__init__, "functional": functional.update}
+FACES = {
+    "torch": LARS.__init__,
+    "keras": keras.LARS.__init__,
+    "functional": functional.update,
+}
 EXPECTED = [name for name in NAMES if name not in SEED_ONLY]
 
 

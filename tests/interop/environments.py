@@ -1,4 +1,4 @@
-"""Make the virtual environments of the three seeds, and keep them for the next time.
+"""Make the virtual environments of seeds and peers, and keep them for the next time.
 
 They lie in the user's cache folder under a name that holds a digest of what they
 require, so that another clone finds them again. Run as a script, this makes them all.
@@ -14,6 +14,8 @@ from pathlib import Path
 REQUIREMENTS = Path(__file__).parent / "requirements"
 SEEDS = ("brainpy", "chainer", "ivy")
 NEWEST_PYTHON = {"chainer": (3, 11)}
+# timm and pytorch-optimizer, beside the torch of the development environment.
+TORCH_PEERS = ("torch-peers", Path(__file__).parents[2] / "benchmarks" / "requirements")
 
 
 def python(seed: str, requirements: Path = REQUIREMENTS) -> Path:
@@ -59,3 +61,4 @@ def _folder(seed: str, requirements: Path) -> Path:
 if __name__ == "__main__":
     for name in SEEDS:
         print(unsupported(name) or make(name) or f"{name}: {python(name)}")
+    print(make(*TORCH_PEERS) or f"{TORCH_PEERS[0]}: {python(*TORCH_PEERS)}")

@@ -693,4 +693,9 @@ def test_it_imports_no_other_framework():
 
 
 def test_the_public_names():
-    assert sorted(larskit.jax.__all__) == ["LARS", "TrainVar", "Variable"]
+    objects, states = (
+        ["LARS", "TrainVar", "Variable"],
+        ["LarsState", "ScaleByLarsState"],
+    )
+    functions = ["lars", "scale_by_lars"]
+    assert sorted(larskit.jax.__all__) == sorted(objects + states + functions)

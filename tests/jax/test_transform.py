@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
 
-import larskit.jax
 from larskit import functional
 from larskit.jax import LarsState, lars, scale_by_lars
 
@@ -336,7 +335,3 @@ def test_what_does_not_fit_the_parameters():
         tx.init(integers)
     with pytest.raises(ValueError, match="but scale_by_lars keeps none"):
         scale_by_lars(denominator="momentum")
-
-
-def test_the_public_names():
-    assert larskit.jax.lars is lars

@@ -5,6 +5,7 @@ import brainpy.math as bm  # pyright: ignore[reportMissingImports]
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
 
 from larskit.jax import LARS
@@ -92,6 +93,23 @@ def test_a_schedule_of_the_step_count_is_traced_by_jit():
     expected, *_ = fit(brainpy.optim.LARS, SCHEDULES["exponential"]())
     found, *_ = fit(LARS, lambda count: 4.0 * 0.5 ** (count / 5))
     assert_equal(found, expected)
+
+
+def test_the_configuration_of_the_page_is_that_of_brainpy():
+    momentum, weight_decay, tc = peers.HYPERPARAMETERS.values()
+
+    def theirs():
+        lr = bm.Variable(jnp.asarray(0.0))
+        weights = {k: bm.TrainVar(jnp.asarray(w)) for k, w in peers.WEIGHTS.items()}
+        optimizer = brainpy.optim.LARS(lr, weights, momentum, weight_decay, tc)
+        for gradients, rate in peers.steps():
+            lr.value = jnp.asarray(rate)
+            optimizer.update({k: jnp.asarray(g) for k, g in gradients.items()})
+            yield {k: np.asarray(w.value) for k, w in weights.items()}
+
+    ours = peers.ours(**peers.configurations()["brainpy.optim.LARS"])
+    with jax.enable_x64(True):
+        peers.assert_same(ours, theirs())
 
 
 @pytest.mark.parametrize(("weight", "gradient"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])

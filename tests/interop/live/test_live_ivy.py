@@ -4,11 +4,13 @@ Run inside ivy's environment; `tests/interop/test_live.py` does it.
 """
 
 import contextlib
+import functools
 import inspect
 import tempfile
 from typing import Any
 
 import numpy as np
+import peers
 import pytest
 
 import larskit
@@ -140,6 +142,26 @@ def test_a_layer_of_zeros_stands_still_in_ivy_and_moves_here():
     w, g = container("zeros").b, container("ones").b
     assert_agree(ivy.lars_update(w, g, 0.1), w)
     assert_agree(larskit.lars_update(w, g, 0.1), g * -0.1)
+
+
+@pytest.mark.parametrize("backend", ["numpy"], indirect=True)
+def test_the_configuration_of_the_page_is_ivy_without_decay():
+    def theirs():
+        weights = {k: to_ivy(w) for k, w in peers.WEIGHTS.items() if w.any()}
+        for gradients, lr in peers.steps():
+            for k, w in weights.items():
+                weights[k] = ivy.lars_update(w, to_ivy(gradients[k]), lr)
+            yield {k: w.data for k, w in weights.items()}
+
+    to_ivy = functools.partial(ivy.array, dtype="float64")
+    ours = peers.ours(**peers.configurations()["ivy.lars_update"])
+    peers.assert_same(ours, theirs())
+
+
+def test_with_a_decay_a_layer_of_zeros_is_nan_in_ivy():
+    w, g = container("zeros").b, container("ones").b
+    assert np.isnan(np.asarray(ivy.lars_update(w, g, 0.1, decay_lambda=0.5))).all()
+    assert_agree(larskit.lars_update(w, g, 0.1, decay_lambda=0.5), g * -0.1)
 
 
 def test_with_a_decay_ivy_loses_the_weights():
