@@ -19,6 +19,7 @@ from larskit.arrays import (
     framework,
     is_array,
     namespace,
+    norm_dtype,
     stop_gradient,
     unwritable,
     write,
@@ -452,7 +453,7 @@ def at_step(config: Config, count: Any) -> Config:
     if undamped or config.denominator == "momentum":
         return config
     later = count > 0
-    later = cast(later, "float32") if is_array(later) else later
+    later = cast(later, norm_dtype(later)) if is_array(later) else later
     return replace(config, dampening=dampening * later)
 
 

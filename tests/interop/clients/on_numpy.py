@@ -1,0 +1,5 @@
+"""NumPy, in float32."""
+
+import fit
+
+fit.run("numpy", {"lars_update": (lambda: fit.function(fit.WEIGHTS), fit.function())})

@@ -1,0 +1,192 @@
+"""Make one fit in every client, and write what came of it: docs/matrix.md.
+
+Each row is a run of a program in `clients`, in the environment that its client needs.
+It fails if a client is further from the rule than `BOUND`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import environments
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "matrix.md"
+CLIENTS = Path(__file__).parent / "clients"
+BOUND = 1e-5
+LIMIT = 300  # seconds, of one program
+
+HEAD = """# One rule, many clients
+
+Each client takes ten steps of one fit: two dense layers, the mean squared error, its own
+network, gradients and training loop where it has them, on a CPU in float32. The largest
+difference is that of its weights, after any step, to those of `larskit.functional` on
+NumPy in float64 with gradients written out by hand, as a part of the distance that the
+layer moves; an optimizer that does nothing would be off by 1, and {bound:g} is allowed. The
+time is that of a process, imports included. `make matrix` makes this page.
+
+| client | version | what ran | largest difference | time |
+|---|---|---|---|---|
+"""
+
+
+class Row(NamedTuple):
+    """A run of a program."""
+
+    client: str
+    program: Path
+    ran: str
+    environment: str = ""  # by default the one this runs in
+    backend: str = ""  # of Keras
+    needs: str = ""  # what is not expected to be here
+
+
+class Result(NamedTuple):
+    """What came of a row: the numbers, or why there are none."""
+
+    row: Row
+    version: str = ""
+    difference: float = float("nan")
+    seconds: float = 0.0
+    absent: str = ""
+    failed: str = ""
+
+
+def rows_of(
+    client: str, program: str, *names: str, environment: str = "", **more: str
+) -> list[Row]:
+    """Return the rows of one program."""
+    path = CLIENTS / f"{program}.py"
+    return [Row(client, path, name, environment, **more) for name in names]
+
+
+ROWS = [
+    *rows_of("NumPy", "on_numpy", "lars_update"),
+    *rows_of("array-api-strict", "on_array_api_strict", "lars_update"),
+    *rows_of("CuPy", "on_cupy", "lars_update", needs="cupy"),
+    *rows_of(
+        "PyTorch",
+        "on_torch",
+        "lars_update",
+        "GradientLARS on torch.optim.SGD",
+        "GradientLARS on torch.optim.Adam",
+        "GradientLARS on torch.optim.AdamW",
+        "larskit.torch.LARS",
+    ),
+    *rows_of("PyTorch Lightning", "on_lightning", "larskit.torch.LARS"),
+    *rows_of("Accelerate", "on_accelerate", "larskit.torch.LARS"),
+    *rows_of(
+        "JAX",
+        "on_jax",
+        "lars_update",
+        "larskit.jax.LARS, its own variables",
+        "larskit.jax.lars in optax.chain",
+        "GradientLARS in optax.chain",
+    ),
+    *rows_of(
+        "Flax",
+        "on_flax",
+        "larskit.jax.lars in nnx.Optimizer",
+        "larskit.jax.LARS on nnx variables",
+        "larskit.jax.lars in Linen's TrainState",
+    ),
+    *rows_of("Equinox", "on_equinox", "larskit.jax.lars"),
+    *rows_of("BrainPy", "on_brainpy", "larskit.jax.LARS", environment="brainpy"),
+    *rows_of("Keras", "on_keras", "larskit.keras.LARS on jax", backend="jax"),
+    *rows_of("Keras", "on_keras", "larskit.keras.LARS on torch", backend="torch"),
+    *rows_of(
+        "Keras", "on_keras", "larskit.keras.LARS on tensorflow", backend="tensorflow"
+    ),
+    *rows_of("TensorFlow", "on_tensorflow", "lars_update"),
+    *rows_of("Paddle", "on_paddle", "lars_update"),
+    *rows_of(
+        "Chainer", "on_chainer", "GradientLARS on MomentumSGD", environment="chainer"
+    ),
+    *rows_of(
+        "ivy",
+        "on_ivy",
+        *(f"lars_update on {backend}" for backend in ("numpy", "torch", "jax")),
+        environment="ivy",
+    ),
+]
+
+
+def absent(row: Row) -> str:
+    """Say why a row cannot run on this machine; nothing where it can."""
+    if row.needs and subprocess.run(
+        [_python(row), "-c", f"import {row.needs}"], capture_output=True
+    ).returncode:
+        return f"{row.needs} cannot be imported here"
+    return environments.unsupported(row.environment) or ""
+
+
+def execute(row: Row) -> Result:
+    """Run one program."""
+    if why := absent(row):
+        return Result(row, absent=why)
+    start = time.perf_counter()
+    done = subprocess.run(
+        [_python(row), row.program, row.ran],
+        env=_variables(row),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        return Result(row, seconds=seconds, failed=done.stderr[-3000:])
+    line = json.loads(done.stdout.splitlines()[-1])
+    found = Result(row, line["version"], line["difference"], seconds)
+    if not found.difference <= BOUND:  # a NaN too is no agreement
+        return found._replace(failed=f"{found.difference} is more than {BOUND}")
+    return found
+
+
+def _python(row: Row) -> str:
+    return str(environments.python(row.environment) if row.environment else sys.executable)
+
+
+def _variables(row: Row) -> dict[str, str]:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+    if row.environment:
+        variables["PYTHONPATH"] = str(ROOT / "src")
+    if row.backend:
+        variables["KERAS_BACKEND"] = row.backend
+    return variables
+
+
+def table(results: Iterable[Result]) -> str:
+    """Return the page."""
+    lines = [HEAD.format(bound=BOUND)]
+    for row, version, difference, seconds, absent, failed in results:
+        number = f"{difference:.1e}" if version else ""
+        number = f"**failed** {number}".strip() if failed else absent or number
+        took = f"{seconds:.1f} s" if seconds else ""
+        lines.append(f"| {row.client} | {version} | {row.ran} | {number} | {took} |\n")
+    return "".join(lines)
+
+
+def main(rows: Iterable[Row] = ROWS, page: Path = PAGE) -> int:
+    """Run the rows, print and write the page; 1 if one has failed."""
+    rows = list(rows)
+    for name in sorted({row.environment for row in rows} - {""}):
+        if not environments.unsupported(name):
+            environments.make(name)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(execute, rows))
+    page.write_text(table(results), encoding="utf-8")
+    print(page.read_text(encoding="utf-8"))
+    failures = [found for found in results if found.failed]
+    for found in failures:
+        print(f"{found.row.client}, {found.row.ran}:\n{found.failed}", file=sys.stderr)
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
