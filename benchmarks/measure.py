@@ -21,11 +21,12 @@ from rows import ANCHORS, ROWS, Row, Shapes
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("worker.py")
-# What rows of an environment need beside it: a folder of requirements, and its part.
-MORE = {"torch": environments.TORCH_PEERS}
 sys.path.append(str(ROOT / "tests" / "interop"))
 
 import environments  # noqa: E402
+
+# What rows of an environment need beside it: a folder of requirements, and its part.
+MORE = {"torch": environments.TORCH_PEERS}
 
 WARM_UP = 2
 PAUSE = 0.01

@@ -431,7 +431,7 @@ def test_pytorch_optimizer_adapts_a_layer_without_gradient(foreach):
 
 
 def test_pytorch_optimizer_dampens_the_first_step():
-    arguments = {"momentum": 0.5, "dampening": 0.3}
+    arguments = {"momentum": 0.5, "dampening": 0.25}
     theirs, _ = one_torch_step(pytorch_optimizer, W[0], G[0], **arguments)
     sgd, _ = one_torch_step(torch.optim.SGD, W[0], G[0], lr=1.0, **arguments)
     assert same(theirs, W[0] - 0.75 * G[0])
