@@ -4,7 +4,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 SOURCES := .venv/modules pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 
-.PHONY: run test test-all environments lint format bench bench-jax bench-sharded dist clean
+.PHONY: run test test-all environments matrix lint format bench bench-jax bench-sharded dist clean
 
 run: .venv/app  ## the study that shows the point, then one full training
 	$(BIN)/larskit study --models convnet convnet-plain --optimizers sgd lars adamw \
@@ -20,6 +20,9 @@ test-all: .venv/dev environments  ## every test
 
 environments: .venv/dev  ## those of seeds and peers, in the user's cache folder
 	$(BIN)/python tests/interop/environments.py
+
+matrix: .venv/dev  ## one fit in every client, beside the rule; writes docs/matrix.md
+	$(BIN)/python tests/interop/matrix.py
 
 lint: .venv/dev
 	$(BIN)/ruff check

@@ -23,6 +23,7 @@ LR = 0.1
 MOMENTUM = 0.9
 DECAY = 0.01
 HYPERPARAMETERS = (LR, MOMENTUM, DECAY, 0.1)  # in the order of every optimizer
+ADAM_EPS = 1e-2  # so that a gradient near 0 does not become a step of full length
 
 _rng = np.random.default_rng(0)
 SHAPES = ((6, 16), (16,), (16, 3), (3,))
@@ -43,8 +44,8 @@ def gradients(weights: Weights, xp: Any = np, x: Any = X, y: Any = Y) -> Weights
     hidden = xp.tanh(x @ kernel + bias)
     error = (hidden @ last_kernel + last_bias - y) * (2 / Y.size)
     back = (error @ last_kernel.T) * (1 - hidden * hidden)
-    of_biases = (xp.sum(e, axis=0) for e in (back, error))
-    return [x.T @ back, next(of_biases), hidden.T @ error, next(of_biases)]
+    of_bias, of_last_bias = xp.sum(back, axis=0), xp.sum(error, axis=0)
+    return [x.T @ back, of_bias, hidden.T @ error, of_last_bias]
 
 
 def function(weights: Any = None, grads: Any = gradients) -> Iterator[Weights]:
@@ -69,12 +70,12 @@ def optimizer(weights: Weights = WEIGHTS, grads: Any = gradients, **how: Any) ->
 def hook(step: Callable[..., Any]) -> Iterator[Weights]:
     """Yield the weights of an optimizer that takes what `GradientLARS` makes."""
     weights = float64(WEIGHTS)
-    state = [()] * len(weights)
+    state: list[Any] = [()] * len(weights)
     for count in itertools.count(1):
         yield weights
         pairs = zip(weights, gradients(weights), state, strict=True)
         stepped = [step(w, _rescaled(w, g), count, *s) for w, g, s in pairs]
-        weights, state = zip(*stepped, strict=True)
+        weights, state = map(list, zip(*stepped, strict=True))
 
 
 def _rescaled(w: Any, g: Any) -> Any:
@@ -88,7 +89,7 @@ def sgd(w: Any, g: Any, count: int, v: Any = 0.0) -> Any:
 
 
 def adam(w: Any, g: Any, count: int, m: Any = 0.0, v: Any = 0.0) -> Any:
-    """Step as Adam does, with the eps of `ADAM`."""
+    """Step as Adam does, with an eps of `ADAM_EPS`."""
     m = 0.9 * m + 0.1 * g
     v = 0.999 * v + 0.001 * g**2
     m_hat, v_hat = m / (1 - 0.9**count), v / (1 - 0.999**count)
@@ -100,20 +101,19 @@ def adamw(w: Any, g: Any, count: int, *state: Any) -> Any:
     return adam(w * (1 - LR * DECAY), g, count, *state)
 
 
-ADAM_EPS = 1e-2  # so that a gradient near 0 does not become a step of full length
-
-
 def difference(found: Iterable[Weights], expected: Iterable[Weights]) -> float:
     """Return how far the two are apart, as a part of how far the layer moves."""
-    ours = list(zip(*map(float64, itertools.islice(found, STEPS + 1)), strict=True))
-    theirs = list(
-        zip(*map(float64, itertools.islice(expected, STEPS + 1)), strict=True)
-    )
-    parts = []
-    for layer, right in zip(ours, theirs, strict=True):
-        layer, right = np.stack(layer), np.stack(right)
-        parts.append(np.abs(layer - right).max() / np.abs(right - right[0]).max())
+    parts = [
+        np.abs(ours - theirs).max() / np.abs(theirs - theirs[0]).max()
+        for ours, theirs in zip(_layers(found), _layers(expected), strict=True)
+    ]
     return float(np.max(parts))
+
+
+def _layers(fit: Iterable[Weights]) -> Iterator[Any]:
+    """Return each layer before and after the steps, in one array."""
+    weights = [float64(arrays) for arrays in itertools.islice(fit, STEPS + 1)]
+    return map(np.stack, zip(*weights, strict=True))
 
 
 def run(package: str, rows: dict[str, tuple[Callable[[], Any], Iterable[Any]]]) -> None:

@@ -35,6 +35,4 @@ def found():
         step()
 
 
-fit.run(
-    "brainpy", {"larskit.jax.LARS": (found, fit.optimizer(adapt=True, decay=True))}
-)
+fit.run("brainpy", {"larskit.jax.LARS": (found, fit.optimizer(adapt=True, decay=True))})

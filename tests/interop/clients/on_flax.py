@@ -1,5 +1,7 @@
 """Flax: NNX, its optimizer and its variables, and Linen."""
 
+from typing import Any
+
 import fit
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,8 @@ from flax import linen, nnx
 from flax.training.train_state import TrainState
 
 from larskit.jax import LARS, lars
+
+TX: Any = lars(*fit.HYPERPARAMETERS)
 
 
 class Network(nnx.Module):
@@ -38,7 +42,7 @@ def step(net, optimizer):
 
 def by_nnx():
     net = Network()
-    optimizer = nnx.Optimizer(net, lars(*fit.HYPERPARAMETERS), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(net, TX, wrt=nnx.Param)
     while True:
         yield [variable[...] for variable in variables_of(net)]
         step(net, optimizer)
@@ -60,7 +64,8 @@ class Linen(linen.Module):
 
     @linen.compact
     def __call__(self, x):
-        return linen.Dense(3)(linen.tanh(linen.Dense(16)(x)))
+        x = linen.tanh(linen.Dense(16)(x))
+        return linen.Dense(3)(x)
 
 
 @jax.jit
@@ -76,8 +81,7 @@ def by_linen():
     params = {"Dense_0": {}, "Dense_1": {}}
     for (layer, name), w in zip(names, fit.WEIGHTS, strict=True):
         params[layer][name] = jnp.asarray(w)
-    tx = lars(*fit.HYPERPARAMETERS)
-    state = TrainState.create(apply_fn=Linen().apply, params=params, tx=tx)
+    state = TrainState.create(apply_fn=Linen().apply, params=params, tx=TX)
     while True:
         yield [state.params[layer][name] for layer, name in names]
         state = linen_step(state)

@@ -23,7 +23,10 @@ def function(backend):
 fit.run(
     "ivy",
     {
-        f"lars_update on {backend}": (functools.partial(function, backend), fit.function())
+        f"lars_update on {backend}": (
+            functools.partial(function, backend),
+            fit.function(),
+        )
         for backend in ("numpy", "torch", "jax")
     },
 )

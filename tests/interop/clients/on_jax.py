@@ -1,5 +1,7 @@
 """JAX: the function, the optimizer object, and the transformations under optax."""
 
+from typing import Any
+
 import fit
 import jax
 import jax.numpy as jnp
@@ -38,7 +40,8 @@ def transformed(tx):
 
 
 def transformation():
-    return transformed(optax.chain(optax.clip(1e3), lars(*fit.HYPERPARAMETERS)))
+    tx: Any = lars(*fit.HYPERPARAMETERS)
+    return transformed(optax.chain(optax.clip(1e3), tx))
 
 
 def hook():
@@ -60,7 +63,10 @@ fit.run(
     "jax",
     {
         "lars_update": (function, fit.function()),
-        "larskit.jax.LARS, its own variables": (variables, fit.optimizer(adapt=True, decay=True)),
+        "larskit.jax.LARS, its own variables": (
+            variables,
+            fit.optimizer(adapt=True, decay=True),
+        ),
         "larskit.jax.lars in optax.chain": (transformation, fit.optimizer()),
         "GradientLARS in optax.chain": (hook, fit.hook(fit.sgd)),
     },

@@ -2,7 +2,6 @@
 
 import fit
 import pytorch_lightning as pl
-import torch
 from on_torch import X, Y, network, weights_of
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
