@@ -337,7 +337,7 @@ def save_optimizer(
 
     Parameters
     ----------
-    optimizer : larskit.torch.LARS or larskit.jax.LARS
+    optimizer : larskit.torch.LARS, larskit.jax.LARS or larskit.keras.LARS
         Where its parameters are sharded over processes, every process must call.
     filename : path
         See `atomic`.
@@ -378,7 +378,7 @@ def load_optimizer(
 
     Parameters
     ----------
-    optimizer : larskit.torch.LARS or larskit.jax.LARS
+    optimizer : larskit.torch.LARS, larskit.jax.LARS or larskit.keras.LARS
         Over layers of the saved shapes, and with the saved hyper-parameters. Its
         learning rates may differ and become the saved ones; a schedule stays.
     filename : path

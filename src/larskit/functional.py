@@ -390,7 +390,7 @@ def from_portable(
     described = layers.described(lr, adapt, decay, hyperparameters)
     weights = dict(zip(described, layers.arrays, strict=True))
     found = portable.fitted(described, weights, names=names, convert=convert)
-    _check_count(found)
+    check_count(found)
     for name, layer in described.items():
         if layer["lr"] is None:
             layer["lr"] = found.layers[name].get("lr")
@@ -404,7 +404,7 @@ def from_portable(
     return State(start.count + found.step, layers.rebuilt(momentum))
 
 
-def _check_count(portable: "PortableState") -> None:
+def check_count(portable: "PortableState") -> None:
     """Refuse a state whose buffers and count do not tell first steps from later ones.
 
     They have to with dampening, which a first step goes without.

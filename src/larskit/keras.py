@@ -1,0 +1,522 @@
+"""The optimizer of Keras 3, on its JAX, PyTorch and TensorFlow backends: `LARS`."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+try:
+    import keras
+except ModuleNotFoundError as why:
+    if why.name != "keras":  # Keras is there, but not the backend it was told to use
+        raise
+    raise ImportError(
+        "larskit.keras needs Keras: pip install 'larskit[keras]'"
+    ) from why
+
+from keras import ops
+
+from larskit import checkpoint, rule
+from larskit.arrays import (
+    cast,
+    check_floating,
+    dtype_name,
+    is_array,
+    namespace,
+    stop_gradient,
+    widen,
+)
+from larskit.checkpoint import Names, PortableState
+from larskit.config import (
+    NAMES,
+    Config,
+    Denominator,
+    LrPlacement,
+    check_lr,
+    is_number,
+)
+from larskit.functional import at_step, check_count
+from larskit.select import Selection, check_matched, select
+
+_PER_LAYER = ("adapt", "decay")
+_SHARED = tuple(name for name in NAMES if name not in (*_PER_LAYER, "zero_guard"))
+
+
+@keras.saving.register_keras_serializable(package="larskit")
+class LARS(keras.optimizers.Optimizer):
+    """Layer-wise adaptive rate scaling.
+
+    A layer is one variable. It moves by ``learning_rate * trust_coefficient * |w|``,
+    whatever the size of its gradient; see `larskit.rule` for the formula.
+
+    Parameters
+    ----------
+    learning_rate : float, LearningRateSchedule, or callable
+        Learning rate, at least 0; a callable takes no arguments. With the default trust
+        coefficient good rates are about a hundred times those of SGD, 1 to 30.
+    momentum, weight_decay, trust_coefficient, eps
+        See `larskit.config.Config`, as for the keywords down to `threshold`. The decay
+        is part of the gradient; that of Keras's base class does not come on top.
+    denominator : {"paper", "decayed_gradient", "gradient", "momentum"}
+        What the length of a layer is divided by.
+    lr_placement : {"inside", "outside"}
+        Whether the rate multiplies what enters the momentum buffer or what leaves it.
+    nesterov, dampening, clip, threshold
+        Nesterov's momentum, dampening of the buffer, LARC's clipping of the ratio, and
+        the length up to which a layer is not adapted.
+    adapt, decay : None, bool, pattern, sequence of patterns, or callable
+        Which layers get a trust ratio and which are decayed. None (default): those of
+        two or more dimensions. True: all. False: none. A pattern of ``variable.path``
+        (`fnmatch`, or a compiled expression), or a callable ``(path, variable) ->
+        bool``, which must be registered with Keras if the optimizer is to be saved. A
+        layer that is not adapted steps at the raw learning rate.
+    maximize : bool
+        Climb instead of descend.
+    name : str
+        The optimizer's name.
+    **base_kwargs
+        Those of `keras.optimizers.Optimizer`: ``clipnorm``, ``clipvalue``,
+        ``global_clipnorm``, ``use_ema``, ``gradient_accumulation_steps`` and others.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For a hyper-parameter out of range; when the optimizer is built, for a pattern
+        or an exclusion that matches nothing.
+
+    Notes
+    -----
+    Hyper-parameters are attributes and may be set between steps, `adapt` and `decay`
+    until the optimizer is built; what Keras has compiled does not see it.
+
+    Sparse gradients are made dense, since the length of a layer needs all of it. The
+    first step, which dampening leaves out, is the optimizer's, not the variable's.
+
+    To load a model that was saved with this optimizer, import `larskit.keras` first.
+
+    References
+    ----------
+    Y. You, I. Gitman, B. Ginsburg, "Large Batch Training of Convolutional Networks",
+    arXiv 1708.03888, 2017.
+
+    Examples
+    --------
+    >>> model.compile(larskit.keras.LARS(2.0, weight_decay=1e-4), loss="mse")
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        momentum: float = Config.momentum,
+        weight_decay: float = Config.weight_decay,
+        trust_coefficient: float = Config.trust_coefficient,
+        eps: float = Config.eps,
+        *,
+        denominator: Denominator = Config.denominator,
+        lr_placement: LrPlacement = Config.lr_placement,
+        nesterov: bool = Config.nesterov,
+        dampening: float = Config.dampening,
+        clip: bool = Config.clip,
+        threshold: float = Config.threshold,
+        adapt: Selection = None,
+        decay: Selection = None,
+        maximize: bool = Config.maximize,
+        name: str = "lars",
+        **base_kwargs: Any,
+    ) -> None:
+        """Check the arguments."""
+        given = {key: value for key, value in locals().items() if key in NAMES}
+        Config(**{key: given[key] for key in _SHARED})
+        for key in _PER_LAYER:
+            select(given[key], [], [], key)
+        check_lr(learning_rate, "learning_rate")
+        if is_number(learning_rate):
+            learning_rate = float(learning_rate)
+        super().__init__(
+            learning_rate, weight_decay=weight_decay, name=name, **base_kwargs
+        )
+        for key, value in given.items():
+            setattr(self, key, value)
+        self._excluded_adapt: Sequence[str] = ()
+        self._excluded_decay: Sequence[str] = ()
+        self._chosen: Sequence[Any] = ()  # for each layer its path, adapt, decay
+        self._chosen_by: Sequence[Any] = ()
+
+    def exclude_from_weight_decay(
+        self, var_list: Iterable[Any] | None = None, var_names: Any = None
+    ) -> None:
+        """Leave some of the variables that `decay` selects undecayed.
+
+        Parameters
+        ----------
+        var_list : iterable of variable, optional
+            Variables, known by their paths from then on: all that share a path are
+            excluded together.
+        var_names : iterable of str, optional
+            Regular expressions; a variable in whose path one is found is excluded.
+
+        Raises
+        ------
+        ValueError, TypeError
+            The optimizer is built already, or the arguments are of another kind.
+
+        Notes
+        -----
+        A second call replaces the first one. Unlike the base class's, exclusions are
+        part of the configuration, and saved.
+        """
+        self._excluded_decay = self._exclusion(var_list, var_names)
+
+    def exclude_from_adaptation(
+        self, var_list: Iterable[Any] | None = None, var_names: Any = None
+    ) -> None:
+        """Leave some of the variables that `adapt` selects at the raw learning rate.
+
+        Parameters
+        ----------
+        var_list, var_names
+            See `exclude_from_weight_decay`, as for the rest.
+        """
+        self._excluded_adapt = self._exclusion(var_list, var_names)
+
+    def _exclusion(self, var_list: Any, var_names: Any) -> Sequence[str]:
+        """Return the regular expressions of the paths of what shall be excluded."""
+        if self.built:
+            raise ValueError(
+                f"{self.name!r} is built already: exclude variables before its first "
+                "step"
+            )
+        if isinstance(var_names, str):
+            raise TypeError(
+                f"var_names is the string {var_names!r}, expected a list of strings: "
+                f"pass [{var_names!r}]"
+            )
+        exact = [rf"^{re.escape(_path(variable))}$" for variable in var_list or ()]
+        return [re.compile(found).pattern for found in (*exact, *(var_names or ()))]
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Make the momentum buffers, and decide which layers are adapted and decayed.
+
+        Parameters
+        ----------
+        variables : sequence of variable
+            What is trained, of a floating dtype.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the variable, pattern or exclusion that does not fit. Nothing is made
+            then.
+        """
+        if self.built:
+            return
+        for variable in variables:
+            check_floating(_tensor(variable), _path(variable))
+        chosen = self._choose(variables)
+        super().build(variables)
+        self._chosen, self._chosen_by = chosen, self._choice()
+        self.momentums = self.add_optimizer_variables(variables, "momentum")
+
+    def _choice(self) -> list[Any]:
+        """Return all that decides which layers are adapted and which are decayed."""
+        return [self.adapt, self.decay, self._excluded_adapt, self._excluded_decay]
+
+    def _choose(self, variables: Sequence[Any]) -> Sequence[Any]:
+        """Return the path of each variable, and whether it is adapted and decayed.
+
+        For the variables of a loaded model that has been found out before it was saved:
+        it could not be now, since loading takes the model's name off some paths.
+        """
+        paths = [_path(variable) for variable in variables]
+        former = [path for path, *_ in self._chosen]
+        if self._chosen_by == self._choice() and _end_alike(paths, former):
+            return self._chosen
+        adapt, decay = (self._selected(key, variables) for key in _PER_LAYER)
+        return [list(row) for row in zip(paths, adapt, decay, strict=True)]
+
+    def _selected(self, what: str, variables: Sequence[Any]) -> Sequence[bool]:
+        selection, paths = getattr(self, what), [_path(x) for x in variables]
+        chosen = select(selection, paths, variables, what)
+        check_matched(selection, chosen, what)
+        excluded = getattr(self, f"_excluded_{what}")
+        out = [any(re.search(x, path) for x in excluded) for path in paths]
+        if excluded and not any(out):
+            raise ValueError(
+                f"none of {', '.join(paths)} is what was excluded from {what} "
+                f"({', '.join(excluded)}): check the names"
+            )
+        return [a and not b for a, b in zip(chosen, out, strict=True)]
+
+    def _config(self, index: int) -> Config:
+        """Return the hyper-parameters of one variable."""
+        _, adapt, decay = self._chosen[index]
+        shared = {key: getattr(self, key) for key in _SHARED}
+        return Config(**shared, adapt=adapt, decay=decay)
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
+        """Move the variables one step along their gradients.
+
+        Parameters
+        ----------
+        grads : sequence of array or None
+            One for each variable; where there is none, the variable stays.
+        trainable_variables : sequence of variable, optional
+            By default those that the optimizer was built for.
+        """
+        dense = [None if g is None else _dense(g) for g in grads]
+        super().apply(dense, trainable_variables)
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Move one variable; `apply` calls this."""
+        index = self._get_variable_index(variable)
+        buffer = self.momentums[index]
+        w, v, lr = map(_tensor, (variable, buffer, learning_rate))
+        g = cast(_tensor(gradient), dtype_name(widen(w)))
+        config = at_step(self._config(index), _tensor(self.iterations))
+        new_w, new_v, _ = rule.update(w, g, v, lr, config)
+        self.assign(variable, new_w)
+        self.assign(buffer, new_v)
+
+    def _apply_weight_decay(self, variables: Any) -> None:
+        """Do nothing, for the rule decays."""
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what `from_config` makes an equal optimizer of, without its state.
+
+        Returns
+        -------
+        dict
+            Plain values only.
+
+        Raises
+        ------
+        ValueError
+            `adapt` or `decay` is a function that is not registered with Keras.
+        """
+        shared = Config(**{key: getattr(self, key) for key in _SHARED})
+        plain = checkpoint.layer(None, shared)
+        choice = {
+            "adapt": _saved(self.adapt, "adapt"),
+            "decay": _saved(self.decay, "decay"),
+            "excluded_adapt": list(self._excluded_adapt),
+            "excluded_decay": list(self._excluded_decay),
+        }
+        return {
+            **super().get_config(),
+            **{key: plain[key] for key in _SHARED},
+            **choice,
+            "chosen": [list(row) for row in self._chosen],
+            "chosen_by": choice if self._chosen_by == self._choice() else None,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
+        """Return the optimizer that `get_config` describes.
+
+        Parameters
+        ----------
+        config : dict
+            What `get_config` returned.
+        custom_objects : dict, optional
+            Functions and classes by name, besides those that are registered.
+
+        Returns
+        -------
+        LARS
+        """
+        config = dict(config)
+        by, chosen = config.pop("chosen_by", None), config.pop("chosen", ())
+        same = by is not None and all(config.get(key) == by[key] for key in by)
+        excluded = {key: config.pop(f"excluded_{key}", ()) for key in _PER_LAYER}
+        for key in _PER_LAYER:
+            config[key] = _restored(config.get(key), custom_objects)
+        optimizer = super().from_config(config, custom_objects)
+        optimizer._excluded_adapt = excluded["adapt"]
+        optimizer._excluded_decay = excluded["decay"]
+        if same:
+            optimizer._chosen, optimizer._chosen_by = chosen, optimizer._choice()
+        return optimizer
+
+    def portable_state(self) -> PortableState:
+        """Return the state for any framework, see `larskit.checkpoint.save_optimizer`.
+
+        The layers are named by ``variable.path``. The averages of ``use_ema`` are not
+        in it.
+
+        Returns
+        -------
+        PortableState
+            A copy.
+
+        Raises
+        ------
+        ValueError
+            The optimizer is not built, gradients are being accumulated, or two
+            variables have one path.
+        """
+        step, rest = divmod(int(self._iterations), self._steps_each)
+        if rest:
+            raise ValueError(
+                f"{rest} of {self._steps_each} gradients are accumulated, and they are "
+                "not part of a portable state: save after the step"
+            )
+        variables, layers = self._described(self._rate(step))
+        kept = variables.items() if step else ()  # a first step has no buffers
+        momentum = {path: _numpy(buffer) for path, (_, buffer) in kept}
+        return PortableState(step, layers, momentum)
+
+    def load_portable_state(
+        self, state: PortableState, *, names: Names = None, convert: bool = False
+    ) -> None:
+        """Take a state of any framework, see `larskit.checkpoint.load_optimizer`.
+
+        Parameters
+        ----------
+        state, names, convert
+            See `larskit.checkpoint.load_optimizer`. A learning rate that is no schedule
+            becomes the saved one. The averages of ``use_ema`` start anew from the
+            present weights.
+
+        Raises
+        ------
+        ValueError, TypeError
+            It does not fit, does not say how many steps were taken, or the optimizer is
+            not built. Nothing is set then.
+        """
+        variables, layers = self._described(None)
+        weights = {path: variable for path, (variable, _) in variables.items()}
+        found = state.fitted(layers, weights, names=names, convert=convert)
+        check_count(found)
+        rate = self._resumed_rate(found)
+        found = found.converted({key: {**x, "lr": rate} for key, x in layers.items()})
+        for path, (_, buffer) in variables.items():
+            _assign(buffer, found.momentum.get(path, np.zeros(buffer.shape)))
+        step: Any = found.step
+        self._iterations.assign(step * self._steps_each)
+        if self._has_constant_rate:
+            self.learning_rate = rate
+        if self.gradient_accumulation_steps:
+            self._backend_reset_gradient_accumulators()
+        if self.use_ema:
+            self._overwrite_averages()
+
+    @property
+    def _steps_each(self) -> int:
+        """How many calls of `apply` make one step."""
+        return self.gradient_accumulation_steps or 1
+
+    @property
+    def _has_constant_rate(self) -> bool:
+        return isinstance(self._learning_rate, keras.Variable)
+
+    def _rate(self, step: int) -> float:
+        """Return the learning rate of the next step, after `step` of them."""
+        rate: Any = self._learning_rate
+        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            rate = rate((step + 1) * self._steps_each - 1)
+        else:
+            rate = self.learning_rate
+        return float(_numpy(rate))
+
+    def _resumed_rate(self, state: PortableState) -> float:
+        """Return the rate of the next step: the saved one, or that of a schedule."""
+        saved = state.common_lr(state.layers) if self._has_constant_rate else None
+        rate = self._rate(state.step or 0) if saved is None else saved
+        check_lr(rate, "the saved lr")
+        return rate
+
+    def _described(self, rate: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return each (variable, buffer) and its hyper-parameters, by path."""
+        if not self.built:
+            raise ValueError(
+                f"{self.name!r} has no state yet: call build(model.trainable_variables)"
+            )
+        variables, layers = {}, {}
+        pairs = zip(self._trainable_variables, self.momentums, strict=True)
+        for index, (variable, buffer) in enumerate(pairs):
+            path = _path(variable)
+            if buffer is None:  # Keras writes the gradient into it: scales of float8
+                continue
+            if path in variables:
+                raise ValueError(
+                    f"two variables have the path {path!r}, so that a file cannot tell "
+                    "them apart: give their layers names of their own"
+                )
+            variables[path] = variable, buffer
+            layers[path] = checkpoint.layer(rate, self._config(index))
+        return variables, layers
+
+    def _overwrite_averages(self) -> None:
+        averages = self._model_variables_moving_average
+        for variable, average in zip(self._trainable_variables, averages, strict=True):
+            if average is not None:
+                self.assign(average, ops.copy(variable))  # JAX donates none twice
+
+
+def _path(variable: Any) -> str:
+    """Return the path of a variable; a TensorFlow variable has but a name."""
+    path = getattr(variable, "path", None) or getattr(variable, "name", None)
+    if path is None:
+        raise TypeError(
+            f"{variable!r} is a {type(variable).__name__}, expected a variable: pass "
+            "names in var_names"
+        )
+    return path
+
+
+def _end_alike(paths: list[str], others: list[str]) -> bool:
+    """Whether the paths are the others, but for what either has in front."""
+    pairs = zip((f"/{x}" for x in paths), (f"/{x}" for x in others), strict=False)
+    alike = (a.endswith(b) or b.endswith(a) for a, b in pairs)
+    return len(paths) == len(others) and all(alike)
+
+
+def _tensor(x: Any) -> Any:
+    """Return the backend's own tensor, cut off from what it was computed from."""
+    return stop_gradient(ops.convert_to_tensor(x))
+
+
+def _dense(gradient: Any) -> Any:
+    """Return a gradient with all its elements: those of embeddings can be sparse."""
+    gradient = ops.convert_to_tensor(gradient, sparse=False)
+    if is_array(gradient):
+        return gradient
+    return namespace(gradient).asarray(gradient)  # tf.IndexedSlices
+
+
+def _numpy(variable: Any) -> np.ndarray:
+    """Copy a variable or tensor to NumPy, in its dtype."""
+    return np.array(ops.convert_to_numpy(_tensor(variable)))
+
+
+def _assign(variable: Any, x: np.ndarray) -> None:
+    exact = x.astype(np.result_type(x, np.float32))  # TensorFlow casts only its own
+    variable.assign(ops.cast(ops.convert_to_tensor(exact), variable.dtype))
+
+
+def _saved(selection: Any, what: str) -> Any:
+    """Return a selection in plain values."""
+    if isinstance(selection, re.Pattern):
+        return {"regex": selection.pattern, "flags": selection.flags}
+    if isinstance(selection, (list, tuple)):
+        return [_saved(item, what) for item in selection]
+    if not callable(selection):
+        return selection
+    name = keras.saving.get_registered_name(selection)
+    if keras.saving.get_registered_object(name) is not selection:
+        raise ValueError(
+            f"{what}={selection!r} cannot be saved: decorate the function with "
+            "keras.saving.register_keras_serializable(), or pass name patterns"
+        )
+    return keras.saving.serialize_keras_object(selection)
+
+
+def _restored(saved: Any, custom_objects: Any) -> Any:
+    if isinstance(saved, list):
+        return [_restored(item, custom_objects) for item in saved]
+    if isinstance(saved, dict) and "regex" in saved:
+        return re.compile(saved["regex"], saved["flags"])
+    if isinstance(saved, dict):
+        return keras.saving.deserialize_keras_object(saved, custom_objects)
+    return saved
