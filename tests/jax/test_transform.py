@@ -43,7 +43,9 @@ def train(tx, params, steps=5, jit=True, grads=None) -> Any:
 
 
 def close(one, other, rtol=1e-6):
+    """Return True, or say where two trees differ."""
     jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=1e-7), one, other)
+    return True
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -72,12 +74,12 @@ def test_it_is_the_rule(options, jit):
     for i in range(5):
         how = {"trust_coefficient": ETA, **options}
         params, kept = functional.update(params, tree(i + 1), kept, 1 / (1 + i), **how)
-    close(found, params)
+    assert close(found, params)
     assert int(state.count) == 5
     if options.get("momentum") == 0.0:
         assert state.momentum is None
     else:
-        close(state.momentum, kept.momentum)
+        assert close(state.momentum, kept.momentum)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.01])
@@ -86,7 +88,7 @@ def test_it_is_optax_lars(decay):
     theirs = optax.lars(0.5, decay, mask, ETA, trust_ratio_mask=mask, momentum=0.8)
     how = {"denominator": "decayed_gradient", "adapt": mask, "decay": mask}
     ours = lars(0.5, 0.8, decay, ETA, **how)
-    close(train(ours, tree())[0], train(theirs, tree())[0])
+    assert close(train(ours, tree())[0], train(theirs, tree())[0])
 
 
 def test_trust_ratios_alone():
@@ -94,7 +96,7 @@ def test_trust_ratios_alone():
     alone: Any = scale_by_lars(0.01, ETA)
     chained = optax.chain(alone, inner())
     whole = lars(0.5, 0.8, 0.01, ETA, lr_placement="outside")
-    close(train(chained, tree())[0], train(whole, tree())[0])
+    assert close(train(chained, tree())[0], train(whole, tree())[0])
     assert jax.tree.leaves(scale_by_lars().init(tree())) == []
 
 
@@ -121,7 +123,7 @@ def test_it_works_inside_the_wrappers_of_optax(wrapper, dtype):
     found, _ = train(WRAPPERS[wrapper](make), tree(0, dtype), grads=grads)
     expected, _ = train(make(), tree(0, dtype), grads=grads)
     assert all(x.dtype == dtype for x in jax.tree.leaves(found))
-    close(found, expected, rtol=1e-6 if dtype == jnp.float32 else 0.02)
+    assert close(found, expected, rtol=1e-6 if dtype == jnp.float32 else 0.02)
 
 
 def test_hyper_parameters_can_be_injected_and_scheduled():
@@ -131,7 +133,7 @@ def test_hyper_parameters_can_be_injected_and_scheduled():
     injected = optax.inject_hyperparams(factory)(**static, trust_coefficient=ETA)
     own = lars(**static, trust_coefficient=ETA)
     found, state = train(injected, tree())
-    close(found, train(own, tree())[0])
+    assert close(found, train(own, tree())[0])
     assert set(state.hyperparams) >= {"learning_rate", "weight_decay", "momentum"}
 
 
@@ -148,7 +150,7 @@ def test_masks_are_trees_of_bools(mask):
     }[mask]
     found = train(lars(0.5, adapt=flags, trust_coefficient=ETA), tree())[0]
     named = train(lars(0.5, adapt="dense.*", trust_coefficient=ETA), tree())[0]
-    close(found, named)
+    assert close(found, named)
 
 
 def test_leaves_that_are_none():
@@ -162,7 +164,7 @@ def test_leaves_that_are_none():
     assert updates["stem"] is None
     assert not state.momentum["stem"].any()
     whole, _ = tx.update(tree(1), tx.init(tree()), tree())
-    close(updates["dense"], whole["dense"])
+    assert close(updates["dense"], whole["dense"])
 
 
 @pytest.mark.parametrize("accumulator", [None, jnp.float32])
@@ -197,7 +199,7 @@ def test_stacked_layers_step_as_each_of_them_alone(axis, options, seed):
             own, states[i] = one.update({"w": jnp.take(g, i, axis)}, states[i], params)
             alone[i] = apply_updates(params, own)
     for i, params in enumerate(alone):
-        close(jnp.take(stacked["w"], i, axis), params["w"], rtol=1e-5)
+        assert close(jnp.take(stacked["w"], i, axis), params["w"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -218,13 +220,13 @@ def test_some_arrays_are_stacks(layer_axis):
     tx = lars(1.0, weight_decay=0.1, layer_axis=layer_axis)
     grads = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(grads, tx.init(params), params)
-    close(updates["blocks"]["bias"], -grads["blocks"]["bias"])
+    assert close(updates["blocks"]["bias"], -grads["blocks"]["bias"])
     one = lars(1.0, weight_decay=0.1)
     for i in range(5):
         layer = {"kernel": params["blocks"]["kernel"][i]}
         g = {"kernel": grads["blocks"]["kernel"][i]}
         own, _ = one.update(g, one.init(layer), layer)
-        close(updates["blocks"]["kernel"][i], own["kernel"])
+        assert close(updates["blocks"]["kernel"][i], own["kernel"])
 
 
 def loss(params, x):
@@ -257,17 +259,17 @@ def test_scan_vmap_and_donation():
     expected = model(), tx.init(model())
     for _ in range(5):
         expected = step(tx, expected[0], expected[1], x)
-    close(scanned(model()), expected)
+    assert close(scanned(model()), expected)
     several = jax.tree.map(lambda *xs: jnp.stack(xs), *map(model, range(3)))
     together = jax.vmap(scanned)(several)
     for i in range(3):
         own = jax.tree.map(lambda a, i=i: a[i], together)
-        close(own, scanned(model(i)), rtol=1e-5)
+        assert close(own, scanned(model(i)), rtol=1e-5)
     donated = jax.jit(partial(step, tx), donate_argnums=(0, 1))
     given = model(), tx.init(model())
     for _ in range(5):
         given = donated(*given, x)
-    close(given, expected)
+    assert close(given, expected)
 
 
 def test_gradients_pass_through_the_step():
@@ -297,7 +299,7 @@ def test_a_step_can_be_exported(momentum):
     given = params, tx.init(params), jnp.ones((4, 3))
     exported = export.export(jax.jit(partial(step, tx)))(*given)
     again = export.deserialize(bytearray(exported.serialize()))
-    close(again.call(*given), step(tx, *given))
+    assert close(again.call(*given), step(tx, *given))
     assert isinstance(again.call(*given)[1], LarsState)
     assert pickle.loads(pickle.dumps(given[1])).count == 0
 

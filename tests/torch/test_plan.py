@@ -139,7 +139,10 @@ def test_skipping_does_not_wait_for_the_device(monkeypatch):
 
     for name in ("item", "__bool__", "__float__", "tolist"):
         monkeypatch.setattr(torch.Tensor, name, wait)
+    before = params[0].detach().clone()
     optimizer.step()
+    monkeypatch.undo()
+    assert not torch.equal(params[0], before)
 
 
 @pytest.mark.parametrize("policy", ["skip", "raise"])
