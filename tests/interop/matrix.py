@@ -49,6 +49,7 @@ class Row(NamedTuple):
     environment: str = ""  # by default the one this runs in
     backend: str = ""  # of Keras
     on_gpu: str = ""  # the package that is not installed where there is no GPU
+    broken: str = ""  # why it cannot run anywhere
 
 
 class Result(NamedTuple):
@@ -121,11 +122,26 @@ ROWS = [
         *(f"lars_update on {backend}" for backend in ("numpy", "torch", "jax")),
         environment="ivy",
     ),
+    *rows_of("ivy", "on_ivy", "lars_update on paddle", environment="ivy-paddle"),
+    *rows_of(
+        "ivy",
+        "on_ivy",
+        "lars_update on tensorflow",
+        broken="to_numpy of ivy 1.0.0.5 fails on the tensors of TensorFlow 2.21",
+    ),
+    *rows_of(
+        "ivy",
+        "on_ivy",
+        "lars_update on mxnet",
+        broken="MXNet is retired and has no wheel for this Python",
+    ),
 ]
 
 
 def absent(row: Row) -> str:
     """Say why a row cannot run on this machine; nothing where it can."""
+    if row.broken:
+        return f"not run: {row.broken}"
     if row.on_gpu and not find_spec(row.on_gpu):
         return f"not run: {row.on_gpu}, which needs a GPU, is not installed"
     if why := environments.unsupported(row.environment):

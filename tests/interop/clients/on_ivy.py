@@ -27,6 +27,6 @@ fit.run(
             functools.partial(function, backend),
             fit.function(),
         )
-        for backend in ("numpy", "torch", "jax")
+        for backend in ("numpy", "torch", "jax", "paddle")
     },
 )
