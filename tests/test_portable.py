@@ -883,6 +883,9 @@ for how in sys.argv[2:]:
     for p, q, w in zip(*found, before, strict=True):
         assert torch.equal(p, q)
         assert not p.numel() or not torch.equal(p, w.to_local())
+dist.barrier()
+if dist.get_rank() == 0:
+    print("all came to the end", flush=True)
 dist.destroy_process_group()
 """
 
@@ -900,7 +903,8 @@ def test_sharded_layers_are_saved_whole(tmp_path, processes, how):
         timeout=600,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    # The threads of gloo may abort a process whose peer was quicker to leave.
+    assert "all came to the end" in done.stdout, done.stderr[-3000:]
 
 
 def test_the_document_runs(tmp_path, monkeypatch, capsys):

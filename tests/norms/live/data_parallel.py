@@ -179,6 +179,7 @@ def main() -> None:
             ours, _, theirs, _ = zero(make, parameters_as_bucket_view=view)
             results[f"ZeRO, {name}, bucket view {view}"] = equal(ours, theirs)
         results[f"ZeRO, {name}, loaded"] = zero_goes_on(make)
+    dist.barrier()
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(results, file)

@@ -139,6 +139,7 @@ def main() -> None:
     results["scaled"] = scaled(rows)
     if both := placements.get("rows and columns"):
         results["two meshes"] = case(two_meshes(rows, both), "SGD", False)
+    dist.barrier()
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(results, file)

@@ -69,6 +69,7 @@ def main() -> None:
                 case = spoilt(layer, rank, policy, **switches)
                 dist.all_gather_object(seen, case)
                 found[f"{layer} {policy} {switches}"] = seen
+    dist.barrier()
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(found, file)

@@ -233,6 +233,7 @@ def main() -> None:
         for engine, switches in ENGINES.items():
             results[f"{spread.__name__}, {engine}"] = modules(spread, switches)
     results["masters"] = masters()
+    dist.barrier()
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(results, file)
