@@ -19,8 +19,8 @@ def launch(tmp_path_factory):
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
         command = [sys.executable, "-m", *launcher, str(processes), path, file]
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-        # It is written when all have come to the end. Thereafter the threads of gloo may
-        # still abort a process whose peer was quicker to leave.
+        # It is written when all have come to the end. After that the threads of gloo
+        # may still abort a process whose peer was quicker to leave.
         assert file.exists(), done.stderr[-3000:]
         return json.loads(file.read_text())
 
