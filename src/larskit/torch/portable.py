@@ -10,7 +10,7 @@ from torch import Tensor
 from larskit import checkpoint
 from larskit.checkpoint import Names, PortableState
 from larskit.config import check_lr
-from larskit.torch.bucket import PER_LAYER, is_selected
+from larskit.torch.bucket import PER_LAYER, is_selected, is_sharded
 from larskit.torch.plan import config_of, name_of
 
 # The parts of a state, and what they are called in `optimizer.state`.
@@ -144,7 +144,7 @@ def _tensors(state: PortableState, layers: dict[str, _Layer]) -> Any:
 
 def _whole(x: Any) -> np.ndarray:
     """Copy a tensor to NumPy, put together from all processes if it is sharded."""
-    x = x.full_tensor() if _is_sharded(x) else x
+    x = x.full_tensor() if is_sharded(x) else x
     x = x.detach().to("cpu", copy=True)
     if x.dtype is torch.bfloat16:
         return x.view(torch.int16).numpy().view(checkpoint.numpy_dtype("bfloat16"))
@@ -155,19 +155,15 @@ def _placed(x: np.ndarray, layer: _Layer) -> Tensor:
     """Return an array as a tensor that lies as the parameter does."""
     exact = np.result_type(x, np.float32)  # PyTorch does not know NumPy's bfloat16
     p, whole = layer.weight, torch.tensor(x.astype(exact)).to(layer.dtype)
-    if not _is_sharded(p):
+    if not is_sharded(p):
         return torch.empty_like(p, dtype=whole.dtype).copy_(whole)
     from torch.distributed.tensor import DTensor, Replicate
+
+    from larskit.norms import dtensor
 
     mesh = p.device_mesh
     everywhere = [Replicate()] * mesh.ndim
     replicated = DTensor.from_local(
         whole.to(p.device), mesh, everywhere, run_check=False
     )
-    local = replicated.redistribute(placements=p.placements).to_local().contiguous()
-    shape = {"shape": p.shape, "stride": p.stride()}
-    return DTensor.from_local(local, mesh, p.placements, run_check=False, **shape)
-
-
-def _is_sharded(x: Any) -> bool:
-    return hasattr(x, "full_tensor")
+    return dtensor.assemble(dtensor.shard(replicated, p), p)
