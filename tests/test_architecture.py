@@ -10,19 +10,20 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # What each part may import of ours, anywhere in its file.
 CORE = {"arrays", "config", "rule", "select", "tree", "checkpoint"}
-MACHINERY = CORE | {"engines", "norms", "functional", "hook"}
+MACHINERY = CORE | {"engines", "layout", "norms", "functional", "hook"}
 ALLOWED = {
     "config": set(),
     "arrays": set(),
     "checkpoint": set(),
+    "layout": {"arrays"},
     "rule": {"arrays", "config"},
     "select": {"config"},
     "tree": {"config", "arrays"},
     "presets": {"config"},
     "norms": {"rule", "arrays", "config"},
-    "engines": {"rule", "norms", "arrays", "config", "_native"},
-    "functional": CORE | {"engines", "norms"},
-    "hook": CORE | {"engines", "norms", "functional"},
+    "engines": {"rule", "norms", "arrays", "config", "layout", "_native"},
+    "functional": CORE | {"engines", "layout", "norms"},
+    "hook": CORE | {"engines", "layout", "norms", "functional"},
     "torch": MACHINERY,
     "jax": MACHINERY,
     "keras": MACHINERY,

@@ -26,6 +26,7 @@ from larskit.arrays import (
 )
 from larskit.config import Config, Denominator, LrPlacement, check_lr, is_number
 from larskit.engines import native
+from larskit.layout import Unfit, empty_like
 from larskit.select import Selection, check_matched, select
 from larskit.tree import (
     dotted,
@@ -487,11 +488,11 @@ def _moved_natively(rows: list[Any], results: list[Any]) -> list[Any] | None:
     w, g = ([cast(x, dtype_name(x)) for x in xs] for xs in (w, g))  # scalars of NumPy
     if not native.fits(w[0]) or any(map(_tracked, (*w, *g, *v, lr))):
         return None
-    new_w = results or [native.empty_like(x) for x in w]
-    new_v = [None if x is None else native.empty_like(x) for x in v]
+    new_w = results or [empty_like(x) for x in w]
+    new_v = [None if x is None else empty_like(x) for x in v]
     try:
         group = native.Group(w, g, v, results=new_w, new_buffers=new_v)
-    except native.Unfit:
+    except Unfit:
         return None
     group.step_(lr, config)
     return list(zip(new_w, new_v, strict=True))

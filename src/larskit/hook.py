@@ -22,6 +22,7 @@ from larskit.arrays import (
 )
 from larskit.config import Config
 from larskit.engines import native
+from larskit.layout import Unfit, empty_like
 from larskit.rule import norm, scaled_gradient
 
 
@@ -386,7 +387,7 @@ def _rescaled(
 ) -> list[Any]:
     """Return new gradients of one kind, by the native engine where it takes them."""
     if isinstance(scale, float) and scale == 1.0 and native.fits(weights[0]):
-        results = [native.empty_like(g) for g in gradients]
+        results = [empty_like(g) for g in gradients]
         if _rescale_natively(weights, gradients, results, config, norms):
             return results
     of_layers = repeat(None) if norms is None else zip(*norms, strict=True)
@@ -405,7 +406,7 @@ def _rescale_natively(
     nothing = [None] * len(weights)
     try:
         group = native.Group(weights, gradients, nothing, results, rescales=True)
-    except native.Unfit:
+    except Unfit:
         return False
     group.rescale_(config, norms)
     return True
@@ -449,7 +450,7 @@ def _lengths_together(layers: list[Any], gradients: dict[Any, Any]) -> Any:
 def _lengths(shards: list[Any]) -> Any:
     try:
         return native.lengths(shards)
-    except native.Unfit:
+    except Unfit:
         found = [norm(x) for x in shards]
         return namespace(found[0]).stack(found)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from larskit.arrays import dtype_name, framework, namespace
 from larskit.config import Config
+from larskit.layout import Unfit, address, check, fault, kept_buffers, size
 from larskit.rule import Lengths, weight_decay
 
 try:
@@ -33,10 +34,6 @@ _DTYPES = {
 _FLAGS = ("nesterov", "clip", "adapt", "maximize", "zero_guard")
 _NUMBERS = ("momentum", "trust_coefficient", "eps", "dampening", "threshold")
 _UNKNOWN = -1.0  # of a length, in the kernel's table
-
-
-class Unfit(RuntimeError):
-    """The kernel cannot step these layers; the message says why."""
 
 
 def unavailable() -> str | None:
@@ -100,26 +97,9 @@ def step_(
     return group.lengths
 
 
-def kept_buffers(
-    weights: Sequence[Any], buffers: Sequence[Any], keep: bool
-) -> list[Any]:
-    """Return the buffers that a step in place leaves; make the missing, if to keep."""
-    if not keep:
-        return list(buffers)
-    pairs = zip(weights, buffers, strict=True)
-    return [empty_like(w) if v is None else v for w, v in pairs]
-
-
 def fits(x: Any) -> bool:
     """Whether the kernel can read an array, whatever else belongs to its layer."""
-    return unavailable() is None and _fault(x, x) is None
-
-
-def empty_like(x: Any) -> Any:
-    """Return an array for results, which lies in memory as `x` does."""
-    if isinstance(x, np.ndarray):
-        return np.empty_like(x, subok=False)
-    return namespace(x).empty_like(x)
+    return unavailable() is None and fault(x, x) is None
 
 
 class Group:
@@ -165,23 +145,24 @@ class Group:
         w_dtype, g_dtype = dtype_name(weights[0]), dtype_name(gradients[0])
         if g_dtype not in _DTYPES.get(w_dtype, ()):
             raise Unfit(f"weight 0 is {w_dtype} and its gradient {g_dtype}")
-        _check("weight", weights, weights, w_dtype)
-        _check("gradient", gradients, weights, g_dtype)
-        _check("momentum buffer", buffers, weights, w_dtype)
-        _check("result", results, weights, g_dtype if rescales else w_dtype, True)
-        _check("new momentum buffer", new_buffers, weights, w_dtype, True)
+        check("weight", weights, weights, w_dtype)
+        check("gradient", gradients, weights, g_dtype)
+        check("momentum buffer", buffers, weights, w_dtype)
+        result_dtype = g_dtype if rescales else w_dtype
+        check("result", results, weights, result_dtype, written=True)
+        check("new momentum buffer", new_buffers, weights, w_dtype, written=True)
         self.weights, self.buffers = list(weights), list(new_buffers)
         self._numpy = isinstance(weights[0], np.ndarray)
         self._threads = threads
         assert _native is not None
         self._dtypes = [getattr(_native.Dtype, name) for name in (w_dtype, g_dtype)]
         self._kernel = _native.Group(
-            _addresses(weights),
-            _addresses(gradients),
-            _addresses(buffers),
-            _addresses(results),
-            _addresses(new_buffers),
-            [_size(w) for w in weights],
+            [*map(address, weights)],
+            [*map(address, gradients)],
+            [*map(address, buffers)],
+            [*map(address, results)],
+            [*map(address, new_buffers)],
+            [size(w) for w in weights],
             weights[0].itemsize,
             gradients[0].itemsize,
             rescales,
@@ -191,7 +172,7 @@ class Group:
         self._written = [x for x in (*results, *new_buffers) if x is not None]
         self._gradients: list[Any] | None = list(gradients)
         self._fixed: list[Any] | None = None
-        self._single = [i for i, w in enumerate(weights) if _size(w) == 1]
+        self._single = [i for i, w in enumerate(weights) if size(w) == 1]
         self._carried: Any = None
         self._measured: Any = None
 
@@ -314,7 +295,7 @@ class Group:
     ) -> None:
         assert self._gradients is not None, "a group steps once along its gradients"
         options = _options(self._dtypes, lr, config, carry)
-        kernel(options, _address(table), self._threads or threads(self.weights[0]))
+        kernel(options, address(table), self._threads or threads(self.weights[0]))
 
 
 class Rescaler:
@@ -352,100 +333,5 @@ def _options(dtypes: list[Any], lr: Any, config: Config, carry: bool) -> Any:
     )
 
 
-def _check(
-    what: str,
-    arrays: Sequence[Any],
-    weights: Sequence[Any],
-    dtype: str,
-    written: bool = False,
-) -> None:
-    for i, (x, w) in enumerate(zip(arrays, weights, strict=True)):
-        if x is None:
-            continue
-        if why := _fault(x, w) or (written and _unwritable(x)):
-            raise Unfit(f"{what} {i} {why}")
-        if dtype_name(x) != dtype:
-            raise Unfit(f"{what} {i} is {dtype_name(x)}, expected {dtype}")
-
-
-def _fault(x: Any, w: Any) -> str | None:
-    """Say why the kernel cannot read an array that belongs to the weights `w`."""
-    if framework(x) != framework(w):
-        return f"is a {type(x).__name__}, its weight a {type(w).__name__}"
-    if framework(x) == "torch":
-        why = _tensor_fault(x)
-    elif isinstance(x, np.ndarray):
-        why = None if x.flags.aligned and x.dtype.isnative else "is not aligned"
-    else:
-        why = f"is a {type(x).__name__}, neither a NumPy array nor a torch tensor"
-    if why:
-        return why
-    if tuple(x.shape) != tuple(w.shape):
-        return f"has the shape {tuple(x.shape)}, its weight {tuple(w.shape)}"
-    if _contiguous(x) and _contiguous(w):
-        return None
-    if (order := _order(x)) is None:
-        return "is not contiguous"
-    return None if order == _order(w) else "lies in memory otherwise than its weight"
-
-
-def _tensor_fault(x: Any) -> str | None:
-    torch = sys.modules["torch"]
-    if type(x) not in (torch.Tensor, torch.nn.Parameter):
-        return f"is a {type(x).__name__}, no plain tensor"
-    if torch.compiler.is_compiling():
-        return "is being traced"
-    if x.device.type != "cpu":
-        return f"is on the device {x.device}"
-    if x.layout is not torch.strided:
-        return f"is sparse ({x.layout})"
-    if x.is_conj() or x.is_neg():
-        return "is a lazy view (conj or neg)"
-    try:
-        x.data_ptr()
-    except RuntimeError:  # inside torch.func.vmap and the like
-        return "has no memory of its own"
-    return None
-
-
-def _unwritable(x: Any) -> str | None:
-    if isinstance(x, np.ndarray):
-        return None if x.flags.writeable else "is read-only"
-    return "is an inference tensor" if x.is_inference() else None
-
-
-def _contiguous(x: Any) -> bool:
-    if isinstance(x, np.ndarray):
-        return x.flags.c_contiguous
-    return x.is_contiguous()
-
-
-def _order(x: Any) -> tuple[int, ...] | None:
-    """Return the strides of the axes that have any; None if there are gaps."""
-    strides = x.strides if isinstance(x, np.ndarray) else x.stride()
-    unit = x.itemsize if isinstance(x, np.ndarray) else 1
-    axes = [(s // unit, n) for s, n in zip(strides, x.shape, strict=True) if n != 1]
-    expected = 1
-    for stride, size in sorted(axes):
-        if stride != expected:
-            return None
-        expected *= size
-    return tuple(stride for stride, _ in axes)
-
-
-def _addresses(arrays: Sequence[Any]) -> list[int]:
-    return [0 if x is None else _address(x) for x in arrays]
-
-
-def _address(x: Any) -> int:
-    if isinstance(x, np.ndarray):
-        return x.__array_interface__["data"][0]
-    return x.data_ptr()
-
-
 def _columns(table: Any) -> Any:
     return table.T if isinstance(table, np.ndarray) else table.unbind(1)
-
-
-def _size(x: Any) -> int:
-    return x.size if isinstance(x, np.ndarray) else x.numel()

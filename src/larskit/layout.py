@@ -1,0 +1,150 @@
+"""How arrays lie in memory: what a kernel that is given addresses must know of them."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from larskit.arrays import dtype_name, framework, namespace
+
+
+class Unfit(RuntimeError):
+    """A kernel cannot step these layers; the message says why."""
+
+
+def check(
+    what: str,
+    arrays: Sequence[Any],
+    weights: Sequence[Any],
+    dtype: str,
+    device: str = "cpu",
+    *,
+    written: bool = False,
+) -> None:
+    """Refuse arrays that a kernel cannot use beside their weights.
+
+    Parameters
+    ----------
+    what : str
+        Names the arrays in the message.
+    arrays : sequence of arrays or None
+        One for a layer, or None.
+    weights : sequence of arrays
+        The weights of the layers.
+    dtype, device : str
+        Which the arrays must have; NumPy's are all on the CPU.
+    written : bool, default=False
+        Whether the kernel writes them.
+
+    Raises
+    ------
+    Unfit
+        Naming the array and what is wrong with it.
+    """
+    for i, (x, w) in enumerate(zip(arrays, weights, strict=True)):
+        if x is None:
+            continue
+        if why := fault(x, w, device) or (written and _unwritable(x)):
+            raise Unfit(f"{what} {i} {why}")
+        if dtype_name(x) != dtype:
+            raise Unfit(f"{what} {i} is {dtype_name(x)}, expected {dtype}")
+
+
+def fault(x: Any, w: Any, device: str = "cpu") -> str | None:
+    """Say why a kernel cannot read an array by its address beside the weights `w`.
+
+    It must lie densely, its elements in the order in which those of the weights lie.
+    """
+    if framework(x) != framework(w):
+        return f"is a {type(x).__name__}, its weight a {type(w).__name__}"
+    if framework(x) == "torch":
+        why = _tensor_fault(x, device)
+    elif isinstance(x, np.ndarray):
+        why = None if x.flags.aligned and x.dtype.isnative else "is not aligned"
+    else:
+        why = f"is a {type(x).__name__}, neither a NumPy array nor a torch tensor"
+    if why:
+        return why
+    if tuple(x.shape) != tuple(w.shape):
+        return f"has the shape {tuple(x.shape)}, its weight {tuple(w.shape)}"
+    if _contiguous(x) and _contiguous(w):
+        return None
+    if (order := _order(x)) is None:
+        return "is not contiguous"
+    return None if order == _order(w) else "lies in memory otherwise than its weight"
+
+
+def kept_buffers(
+    weights: Sequence[Any], buffers: Sequence[Any], keep: bool
+) -> list[Any]:
+    """Return the buffers that a step in place leaves; make the missing, if to keep."""
+    if not keep:
+        return list(buffers)
+    pairs = zip(weights, buffers, strict=True)
+    return [empty_like(w) if v is None else v for w, v in pairs]
+
+
+def empty_like(x: Any) -> Any:
+    """Return an array for results, which lies in memory as `x` does."""
+    if isinstance(x, np.ndarray):
+        return np.empty_like(x, subok=False)
+    return namespace(x).empty_like(x)
+
+
+def address(x: Any) -> int:
+    """Return where the first element of an array lies; 0 for None."""
+    if x is None:
+        return 0
+    if isinstance(x, np.ndarray):
+        return x.__array_interface__["data"][0]
+    return x.data_ptr()
+
+
+def size(x: Any) -> int:
+    """Return the number of elements of an array."""
+    return x.size if isinstance(x, np.ndarray) else x.numel()
+
+
+def _tensor_fault(x: Any, device: str) -> str | None:
+    torch = sys.modules["torch"]
+    if type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return f"is a {type(x).__name__}, no plain tensor"
+    if torch.compiler.is_compiling():
+        return "is being traced"
+    if str(x.device) != device:
+        return f"is on the device {x.device}"
+    if x.layout is not torch.strided:
+        return f"is sparse ({x.layout})"
+    if x.is_conj() or x.is_neg():
+        return "is a lazy view (conj or neg)"
+    try:
+        x.data_ptr()
+    except RuntimeError:  # inside torch.func.vmap and the like
+        return "has no memory of its own"
+    return None
+
+
+def _unwritable(x: Any) -> str | None:
+    if isinstance(x, np.ndarray):
+        return None if x.flags.writeable else "is read-only"
+    return "is an inference tensor" if x.is_inference() else None
+
+
+def _contiguous(x: Any) -> bool:
+    if isinstance(x, np.ndarray):
+        return x.flags.c_contiguous
+    return x.is_contiguous()
+
+
+def _order(x: Any) -> tuple[int, ...] | None:
+    """Return the strides of the axes that have any; None if there are gaps."""
+    strides = x.strides if isinstance(x, np.ndarray) else x.stride()
+    unit = x.itemsize if isinstance(x, np.ndarray) else 1
+    axes = [(s // unit, n) for s, n in zip(strides, x.shape, strict=True) if n != 1]
+    expected = 1
+    for stride, length in sorted(axes):
+        if stride != expected:
+            return None
+        expected *= length
+    return tuple(stride for stride, _ in axes)
