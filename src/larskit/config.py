@@ -107,6 +107,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def is_zero(value: Any) -> bool:
+    """Whether `value` is the concrete number 0."""
+    return is_number(value) and value == 0
+
+
 def number(name: str, value: Any, allowed: str, holds: Any) -> None:
     """Refuse a concrete number for which `holds` is false, and what is no number."""
     if isinstance(value, (bool, str, bytes, list, tuple, dict)) or value is None:

@@ -55,12 +55,11 @@ OURS = [
 ]
 EXCLUSIVE = [
     ({"foreach": True, "fused": True}, "two engines"),
-    ({"carry_norms": True, "foreach": True}, "only the native engine"),
-    ({"carry_norms": True, "foreach": False}, "only the native engine"),
-    ({"carry_norms": True, "fused": False}, "only the native engine"),
-    ({"carry_norms": True, "capturable": True}, "only the native engine"),
-    ({"carry_norms": True, "differentiable": True}, "only the native engine"),
-    ({"capturable": True, "fused": True}, "on the host"),
+    ({"carry_norms": True, "foreach": True}, "only a fused engine"),
+    ({"carry_norms": True, "foreach": False}, "only a fused engine"),
+    ({"carry_norms": True, "fused": False}, "only a fused engine"),
+    ({"carry_norms": True, "capturable": True}, "who else writes"),
+    ({"carry_norms": True, "differentiable": True}, "only a fused engine"),
     ({"capturable": True, "on_nonfinite": "raise"}, "cannot raise"),
     ({"differentiable": True, "foreach": True}, "autograd"),
     ({"differentiable": True, "fused": True}, "autograd"),

@@ -363,7 +363,7 @@ def test_carried_norms_are_those_that_would_be_measured():
     assert found[0] == found[1]
 
 
-def test_carried_norms_need_the_native_engine():
+def test_carried_norms_need_a_fused_engine():
     p = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     p.grad = torch.ones_like(p)
     optimizer = LARS([p], 1.0, carry_norms=True)

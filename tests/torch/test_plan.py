@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from larskit.torch import LARS, bucket, step_in_backward
+from larskit.engines import foreach
+from larskit.torch import LARS, step_in_backward
 
 INF, NAN = math.inf, math.nan
 
@@ -169,10 +170,12 @@ def test_a_learning_rate_on_the_device_is_read_there():
     p.grad = torch.empty_like(p)
     with pytest.raises(RuntimeError, match=r"lr is on the device cpu.*move it to meta"):
         LARS([p], lr, capturable=True).step()
+    with pytest.raises(RuntimeError, match=r"the device cpu: .* reads lr on the host"):
+        LARS(params, lr, capturable=True, fused=True).step()
 
 
 def test_what_a_graph_can_capture(monkeypatch):
-    monkeypatch.setattr(bucket, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(foreach, "is_capturing", lambda device: True)
     params = layers()
     give(params, 0)
     with pytest.raises(RuntimeError, match="but capturable=False"):

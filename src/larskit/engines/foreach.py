@@ -11,7 +11,7 @@ from torch import Tensor
 
 from larskit import rule
 from larskit.arrays import norm_dtype, scalar
-from larskit.config import Config, is_number
+from larskit.config import Config, is_number, is_zero
 from larskit.rule import Lengths
 
 Tensors = list[Tensor]
@@ -38,7 +38,7 @@ def step_(
     v = [None if buffer is None else _real([buffer])[0] for buffer in buffers]
     move = _move_along_buffer if config.denominator == "momentum" else _move
     y, new_v, found = move(w, g, v, lr, config, norms)
-    if not _is_zero(config.momentum):
+    if not is_zero(config.momentum):
         _store(buffers, new_v, weights)
     torch._foreach_sub_(w, y)
     if w is not narrow:
@@ -89,7 +89,7 @@ def _decayed(w: Tensors, g: Tensors, config: Config) -> Tensors:
     if config.maximize:
         g = list(torch._foreach_neg(g))
     wd = rule.weight_decay(config)
-    if _is_zero(wd):
+    if is_zero(wd):
         return g
     if is_number(wd):
         return list(torch._foreach_add(g, w, alpha=wd))
@@ -98,14 +98,14 @@ def _decayed(w: Tensors, g: Tensors, config: Config) -> Tensors:
 
 def _accumulate(v: list[Any], x: Tensors, config: Config) -> tuple[Tensors, Tensors]:
     """Return the direction to step along and the buffers that took x."""
-    if _is_zero(config.momentum):
+    if is_zero(config.momentum):
         return x, x
     new_v = list(x)
     old = [i for i, buffer in enumerate(v) if buffer is not None]
     if old:
         kept = _widen([v[i] for i in old])
         added = [x[i] for i in old]
-        if not _is_zero(config.dampening):
+        if not is_zero(config.dampening):
             added = torch._foreach_mul(added, 1 - config.dampening)
         torch._foreach_mul_(kept, config.momentum)
         torch._foreach_add_(kept, added)
@@ -140,5 +140,19 @@ def _widen(tensors: Tensors) -> Tensors:
     return [x.float() for x in tensors]
 
 
-def _is_zero(value: Any) -> bool:
-    return is_number(value) and value == 0
+def integers(values: list[int], device: torch.device) -> Tensor:
+    """Return whole numbers as a 1-d tensor, without waiting for its device.
+
+    While a CUDA graph is captured they become part of it, by value: a copy would read
+    host memory anew whenever the graph is replayed.
+    """
+    if not is_capturing(device):
+        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+    x = torch.zeros(len(values), dtype=torch.int64, device=device)
+    torch._foreach_add_(list(x), values)
+    return x
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what a device is given to do is being captured in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

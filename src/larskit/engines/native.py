@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from larskit.arrays import dtype_name, framework, namespace
+from larskit.arrays import dtype_name, framework
 from larskit.config import Config
 from larskit.layout import Unfit, address, check, fault, kept_buffers, size
 from larskit.rule import Lengths, weight_decay

@@ -7,16 +7,18 @@ import torch
 from torch import Tensor
 
 from larskit import rule
-from larskit.config import Config, is_number
+from larskit.config import Config, is_zero
 from larskit.engines import foreach as _foreach
 from larskit.engines import native as _native
 from larskit.engines import reference as _reference
+from larskit.layout import Unfit, kept_buffers
 from larskit.rule import Lengths
 
 SWITCHES = ("foreach", "fused", "carry_norms", "capturable", "differentiable")
 PER_LAYER = ("adapt", "decay")
 MOMENTUM, MASTER = "momentum_buffer", "master_weight"
 NARROW = (torch.float16, torch.bfloat16)
+GPU = "cuda"  # the type of devices that Triton's kernels run on
 
 
 class Kind(NamedTuple):
@@ -55,8 +57,7 @@ def is_sharded(p: Any) -> bool:
 
 def has_momentum(group: dict[str, Any]) -> bool:
     """Whether the layers of a parameter group keep momentum buffers."""
-    momentum = group["momentum"]
-    return not (is_number(momentum) and momentum == 0)
+    return not is_zero(group["momentum"])
 
 
 class Bucket:
@@ -76,7 +77,8 @@ class Bucket:
         self._stored: list[tuple[dict[str, Any], str, Any]] = []
         self._versions: list[int] = []
         self._engine: Any = None
-        self._native: _native.Group | None = None
+        self._fused: Any = None  # a group of the native engine, or of Triton's
+        self._scale: Tensor | None = None  # of the loss, for Triton to divide by
         self._given: Any = None
         self._config: Any = None
         self._found: Lengths | None = None
@@ -113,12 +115,13 @@ class Bucket:
         """Choose as the group's switches say; `former` buckets may know lengths."""
         self._check_switches(group)
         foreach, fused, carry = (group[name] for name in SWITCHES[:3])
-        free = foreach is None and not (group["capturable"] or group["differentiable"])
+        on_host = group["capturable"] and not self._on_gpu
+        free = foreach is None and not (on_host or group["differentiable"])
         if fused or (fused is None and free):
             try:
-                self._go_native(has_momentum(group), former if carry else [])
+                self._fuse(has_momentum(group), former if carry else [])
                 return
-            except _native.Unfit as why:
+            except Unfit as why:
                 if fused or carry:
                     demand = "fused=True" if fused else "carry_norms=True"
                     raise RuntimeError(
@@ -128,6 +131,10 @@ class Bucket:
         if foreach is None:
             foreach = all(type(w) in plain for w in self._weights)
         self._engine = _foreach if foreach else _reference
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.kind.device.type == GPU
 
     def _check_switches(self, group: dict[str, Any]) -> None:
         """Refuse what cannot be done with these parameters."""
@@ -145,9 +152,15 @@ class Bucket:
                 "leaf that requires gradients cannot be: give the optimizer clones "
                 "(p.clone()), and give those their .grad"
             )
-        self._check_capture(group)
+        if group["capturable"] and group["fused"] and not self._on_gpu:
+            raise RuntimeError(
+                "capturable=True and fused=True exclude each other on the "
+                f"device {self.kind.device}: the native engine reads lr on the host; "
+                "leave one away"
+            )
 
-    def _check_capture(self, group: dict[str, Any]) -> None:
+    def check_capture(self, group: dict[str, Any]) -> None:
+        """Refuse what a CUDA graph could not repeat."""
         device, lr = self.kind.device, group["lr"]
         elsewhere = isinstance(lr, Tensor) and lr.device != device
         if group["capturable"] and elsewhere:
@@ -155,7 +168,7 @@ class Bucket:
                 f"capturable=True, but lr is on the device {lr.device}, where a "
                 f"captured step would read it only once: move it to {device}"
             )
-        if not _is_capturing(device):
+        if not _foreach.is_capturing(device):
             return
         if not group["capturable"]:
             raise RuntimeError(
@@ -168,28 +181,36 @@ class Bucket:
                 "buffers, which the first step makes: take it before the capture"
             )
 
-    def _go_native(self, keep: bool, former: "list[Bucket]") -> None:
-        kept = _native.kept_buffers(self._weights, self._buffers, keep)
+    def _fuse(self, keep: bool, former: "list[Bucket]") -> None:
+        kept = kept_buffers(self._weights, self._buffers, keep)
         columns = self._weights, self._grads, self._buffers
-        self._native = _native.Group(*columns, new_buffers=kept)
-        self._native.remember()
+        if self._on_gpu:
+            self._fused = _triton().Group(*columns, new_buffers=kept)
+        else:
+            self._fused = _native.Group(*columns, new_buffers=kept)
+            self._fused.remember()
+            for bucket in former:
+                if isinstance(bucket._fused, _native.Group):
+                    self._fused.take_over(bucket._fused)
         self._buffers = kept
-        for bucket in former:
-            if bucket._native is not None:
-                self._native.take_over(bucket._native)
 
     def aim(self) -> bool:
-        """Whether the native engine can go on, with the gradients that are here now."""
-        if self._native is None:
+        """Whether a fused engine can go on, with the gradients that are here now."""
+        if self._fused is None:
             return False
         self._grads = [p.grad for p in self.params]
         if self.kind.sharded and not self._aim_at_shards():
             return False
         if self.kind.master and self.versions() != self._versions:
             return False
-        return self._native.aim(self._grads) and all(
+        return self._fused.aim(self._grads) and all(
             state.get(key) is value for state, key, value in self._stored
         )
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph works on the tables of this bucket."""
+        return self._on_gpu and self._fused is not None and self._fused.captured
 
     def _aim_at_shards(self) -> bool:
         pairs = zip(self.params, self._grads, strict=True)
@@ -221,26 +242,42 @@ class Bucket:
         flags = {"adapt": self.kind.adapt, "decay": self.kind.decay}
         self._config = replace(config, **flags, **moved)
 
+    def unscale(self, scale: Tensor | None) -> None:
+        """Have the gradients divided by the scale of the loss, but left as they are."""
+        if scale is not None and scale.device != self.kind.device:
+            scale = scale.to(self.kind.device, non_blocking=True)
+        self._scale = scale
+        if scale is not None and not (self._on_gpu and self._fused):
+            inverse = scale.double().reciprocal().float()
+            self._grads = list(torch._foreach_mul(self._grads, inverse))
+
     def measure(self) -> None:
         """Find the lengths before the step is taken, unless they are known."""
         if self.norms is not None:
             return
-        if self._native is not None:
-            self.norms = self._native.norms(self._config)
+        if self._fused is not None:
+            self.norms = self._fused.norms(self._config, **self._unscaling)
             return
         rows = zip(self._weights, self._grads, self._former, strict=True)
         measured = [rule.measured(w, g, v, self._config) for w, g, v in rows]
         self.norms = tuple(map(self._engine.lengths, (self._weights, measured)))
 
+    @property
+    def _unscaling(self) -> dict[str, Any]:
+        return {"scale": self._scale} if self._on_gpu else {}
+
     def step_(self, group: dict[str, Any], state: Any, permitted: Any = True) -> None:
         """Move the layers and keep their state in `state`.
 
-        Nothing changes where `permitted`, a bool or a flag on the device, is false.
+        Nothing changes where `permitted`, a bool or a flag on a device, is false.
         """
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.device != self.kind.device:
             lr = lr.to(self.kind.device, non_blocking=True)
+        if self._fused is not None and not self._on_gpu:
+            permitted = bool(permitted)
         if permitted is False:
+            self.measure()
             w_norms, q = self.norms
             ratios = rule.trust_ratio(w_norms, q, lr, self._config)
             self._found = Lengths(w_norms, q, ratios)
@@ -249,14 +286,16 @@ class Bucket:
         elif permitted is True:
             self._move(lr, group["carry_norms"])
         else:
-            self._move_where(permitted, lr)
+            permitted = permitted.to(self.kind.device, non_blocking=True)
+            self._move_where(permitted, lr, group["carry_norms"])
         self._grads = []
         if permitted is not False:
             self._store(state)
 
-    def _move(self, lr: Any, carry: bool = False) -> None:
-        if self._native is not None:
-            self._native.step_(lr, self._config, self.norms, carry=carry)
+    def _move(self, lr: Any, carry: bool = False, **options: Any) -> None:
+        if self._fused is not None:
+            options |= self._unscaling
+            self._fused.step_(lr, self._config, self.norms, carry=carry, **options)
             self._found = None
         else:
             weights = [w.detach() for w in self._weights]
@@ -266,7 +305,13 @@ class Bucket:
         if self.kind.master:
             torch._foreach_copy_(self._locals, self._weights)
 
-    def _move_where(self, permitted: Tensor, lr: Any) -> None:
+    def _move_where(self, permitted: Tensor, lr: Any, carry: bool) -> None:
+        if self._on_gpu and self._fused is not None:
+            self._move(lr, carry, permitted=permitted)
+            return
+        if not is_zero(self._config.momentum):  # so that all of it can be put back
+            pairs = zip(self._weights, self._buffers, strict=True)
+            self._buffers = [torch.zeros_like(w) if v is None else v for w, v in pairs]
         written = [*self._locals, *self._weights, *self._buffers]
         before = [x.clone() for x in written if x is not None]
         self._move(lr)
@@ -288,6 +333,7 @@ class Bucket:
     def _store(self, state: Any) -> None:
         """Keep the buffers in the optimizer's state, unless they are there."""
         self._versions = self.versions() if self.kind.master else []
+        self._former = self._buffers
         if self._stored:
             return
         for p, w, v in zip(self.params, self._weights, self._buffers, strict=True):
@@ -312,19 +358,28 @@ class Bucket:
         """What the last step measured."""
         if self._found is not None:
             return self._found
-        assert self._native is not None
-        return self._native.lengths
+        return self._fused.lengths
 
     @property
     def starts(self) -> bool:
         """Whether layers get their momentum buffers in the next step."""
-        momentum = self._config.momentum
-        without = is_number(momentum) and momentum == 0
-        return not without and any(v is None for v in self._former)
+        keeps = not is_zero(self._config.momentum)
+        return keeps and any(v is None for v in self._former)
+
+    @property
+    def dampens_first(self) -> bool:
+        """Whether a first buffer is not what one of zeros would become."""
+        return self.starts and not is_zero(self._config.dampening)
 
 
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _triton() -> Any:
+    try:
+        from larskit.engines import triton
+    except ModuleNotFoundError as why:
+        raise Unfit(
+            f"{why.name} is not installed, which comes with PyTorch for GPUs"
+        ) from None
+    return triton
 
 
 def _master(master: Tensor | None, w: Tensor, written: int | None) -> Tensor:

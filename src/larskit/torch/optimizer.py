@@ -13,7 +13,7 @@ from larskit.config import Config, Denominator, LrPlacement, OnNonfinite, check_
 from larskit.rule import Lengths
 from larskit.select import Selection, check_matched, select
 from larskit.torch import foreign, portable
-from larskit.torch.bucket import NARROW, SWITCHES, is_selected, is_sharded
+from larskit.torch.bucket import GPU, NARROW, SWITCHES, is_selected, is_sharded
 from larskit.torch.plan import PER_GROUP, PER_LAYER, Plan, config_of, policy_of
 
 if TYPE_CHECKING:
@@ -57,12 +57,14 @@ class LARS(torch.optim.Optimizer):
         True: work on lists of tensors; False: tensor by tensor, by the reference
         engine. None (default): lists of plain tensors, where `fused` does not apply.
     fused : bool, optional
-        True: take the whole step in C++, for whole contiguous tensors on the CPU, or
-        say why that cannot be. None (default): where it can be, and `foreach` is None.
+        True: take the whole step in C++ on the CPU, or in Triton's kernels on a GPU,
+        for dense tensors, or say why that cannot be; `torch.amp.GradScaler` then
+        leaves the scale and what it has found to the kernels, as with torch's fused
+        optimizers. None (default): where it can be, and `foreach` is None.
     carry_norms : bool
         Measure the new weights while they are written, so that the next step need not:
-        a pass over memory less. It demands the native engine. Weights that something
-        else writes are measured anew, but for what edits them through ``.data``, which
+        a pass over memory less. It demands a fused engine. Weights that something else
+        writes are measured anew, but for what edits them through ``.data``, which
         nothing can see: call ``torch.autograd.graph.increment_version(p)`` after such.
     on_nonfinite : {"propagate", "skip", "raise"}
         What to do where the length of a layer is NaN or infinite: let it show
@@ -269,8 +271,21 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._plan.step_(self.param_groups, self.state)
+        scaling = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        self._plan.step_(self.param_groups, self.state, *scaling)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `torch.amp.GradScaler` shall leave its scale, and its finding, to us.
+
+        It then sets `grad_scale` and `found_inf` for the step, and waits for nothing.
+        """
+        return self._in_backward is None and all(
+            group["fused"] and p.device.type == GPU
+            for group in self.param_groups
+            for p in group["params"]
+        )
 
     def lengths(self) -> dict[str, Lengths]:
         """Return what the last step measured of each layer.
@@ -304,16 +319,18 @@ def _check_group(group: dict[str, Any]) -> None:
             raise RuntimeError(f"{both} exclude each other: {why}; leave one away")
 
 
-_NATIVE_ONLY = "only the native engine carries norms"
+_FUSED_ONLY = "only a fused engine carries norms"
 _IN_PLACE = "autograd sees only the steps of the reference engine"
 _EXCLUSIVE: tuple[tuple[dict[str, Any], str], ...] = (
     ({"foreach": True, "fused": True}, "they demand two engines"),
-    ({"carry_norms": True, "foreach": True}, _NATIVE_ONLY),
-    ({"carry_norms": True, "foreach": False}, _NATIVE_ONLY),
-    ({"carry_norms": True, "fused": False}, _NATIVE_ONLY),
-    ({"carry_norms": True, "capturable": True}, _NATIVE_ONLY),
-    ({"carry_norms": True, "differentiable": True}, _NATIVE_ONLY),
-    ({"capturable": True, "fused": True}, "the native engine reads lr on the host"),
+    ({"carry_norms": True, "foreach": True}, _FUSED_ONLY),
+    ({"carry_norms": True, "foreach": False}, _FUSED_ONLY),
+    ({"carry_norms": True, "fused": False}, _FUSED_ONLY),
+    (
+        {"carry_norms": True, "capturable": True},
+        "a graph cannot see who else writes the weights",
+    ),
+    ({"carry_norms": True, "differentiable": True}, _FUSED_ONLY),
     ({"capturable": True, "on_nonfinite": "raise"}, "a captured step cannot raise"),
     ({"differentiable": True, "foreach": True}, _IN_PLACE),
     ({"differentiable": True, "fused": True}, _IN_PLACE),

@@ -40,28 +40,52 @@ class Plan:
         self._switches: list[Any] = []
         self._values: list[Any] = []
         self._configs: list[Config] = []
+        self._captured: list[Bucket] = []  # whose tables CUDA graphs work on
         self._written: dict[Any, int] = {}  # versions of parameters with masters
         self._outside_graphs: Any = torch.compiler.disable(self._step_)
 
-    def step_(self, groups: list[dict[str, Any]], state: Any) -> None:
-        """Move the parameters of `groups` that have gradients."""
+    def step_(
+        self,
+        groups: list[dict[str, Any]],
+        state: Any,
+        scale: Tensor | None = None,
+        overflow: Tensor | None = None,
+    ) -> None:
+        """Move the parameters of `groups` that have gradients.
+
+        These were multiplied by `scale`, and nothing moves if `overflow` is not 0: what
+        `torch.amp.GradScaler` says.
+        """
         if not torch.compiler.is_compiling():
-            self._step_(groups, state)
+            self._step_(groups, state, scale, overflow)
         elif all(map(_is_traceable, groups)):
             self._step_in_graph(groups, state)
         else:
-            self._outside_graphs(groups, state)
+            self._outside_graphs(groups, state, scale, overflow)
 
-    def _step_(self, groups: list[dict[str, Any]], state: Any) -> None:
+    def _step_(
+        self,
+        groups: list[dict[str, Any]],
+        state: Any,
+        scale: Tensor | None,
+        overflow: Tensor | None,
+    ) -> None:
         policy = policy_of(groups)
         self._check(groups)
         fits = self._fits(groups, state)
         if not fits:
             self._sort(groups, state)
         for bucket in self._buckets:
+            bucket.check_capture(groups[bucket.kind.group])
+        for bucket in self._buckets:
             bucket.take(self._configs[bucket.kind.group])
+            bucket.unscale(scale)
+        permitted = overflow is None or overflow == 0
+        if permitted is not True and any(b.dampens_first for b in self._buckets):
+            permitted = bool(permitted)
         self._measure_sharded()
-        permitted = policy == "propagate" or self._judge(policy, groups)
+        if policy != "propagate":
+            permitted = self._judge(policy, groups, permitted)
         for bucket in self._buckets:
             bucket.step_(groups[bucket.kind.group], state, permitted)
             if bucket.kind.master:
@@ -98,25 +122,27 @@ class Plan:
         for bucket, index in zip(buckets, indices, strict=True):
             bucket.norms = found[index], found[index + len(rows)]
 
-    def _judge(self, policy: str, groups: list[dict[str, Any]]) -> Any:
-        """Return whether all lengths are finite: a bool, or a flag on the device.
+    def _judge(self, policy: str, groups: list[dict[str, Any]], permitted: Any) -> Any:
+        """Return whether to move: as `permitted` says, and if all lengths are finite.
 
-        The device is waited for where the flag is asked for here, or the first buffers
-        are to be made or not.
+        The answer is a bool or a flag on the device. The device is waited for only
+        where an error may follow, or the first buffers are to be made or not.
         """
         for bucket in self._buckets:
             bucket.measure()
         finite = _on_all_ranks(self._finite())
+        if isinstance(permitted, Tensor):
+            permitted = permitted.to(finite.device, non_blocking=True)
         captured = any(group["capturable"] for group in groups)
         free = finite.device.type == "cpu" and not captured
         starts = any(bucket.starts for bucket in self._buckets)
         if not (policy == "raise" or free or starts):
-            return finite
-        if policy == "raise" and not finite:
+            return finite & permitted
+        if policy == "raise" and permitted and not finite:
             raise FloatingPointError(
                 f"the step was not taken, because {self._nonfinite()} is not finite"
             )
-        return bool(finite)
+        return bool(finite & permitted)
 
     def _finite(self) -> Tensor:
         flags = [x.isfinite().all() for bucket in self._buckets for x in bucket.norms]
@@ -176,6 +202,7 @@ class Plan:
                 buckets[kind].add(name, p, kept, self._written.get(p))
         for bucket in buckets.values():
             bucket.choose_engine(groups[bucket.kind.group], self._buckets)
+        self._captured += [bucket for bucket in self._buckets if bucket.captured]
         self._buckets, self._idle = list(buckets.values()), idle
         self._params = [p for group in groups for p in group["params"]]
         self._sharded = [p for p in self._params if is_sharded(p)]

@@ -1,0 +1,335 @@
+"""The launches of the kernels, and the tables that tell them what to do."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from larskit.arrays import dtype_name
+from larskit.config import Config, is_zero
+from larskit.engines import foreach
+from larskit.engines.triton import kernels
+from larskit.layout import Unfit, address, check, kept_buffers
+from larskit.rule import Lengths, weight_decay
+
+_DTYPES = {
+    "float64": tl.float64,
+    "float32": tl.float32,
+    "bfloat16": tl.bfloat16,
+    "float16": tl.float16,
+    "complex128": tl.float64,  # as pairs
+    "complex64": tl.float32,
+}
+_FLAGS = ("nesterov", "clip", "adapt", "maximize", "zero_guard")
+_WARPS = 8
+_INTERPRETED = not isinstance(kernels.move, triton.JITFunction)
+
+
+def unavailable() -> str | None:
+    """Say why this engine cannot run at all; None where it can."""
+    if _INTERPRETED or torch.cuda.is_available():
+        return None
+    return "there is no GPU that this PyTorch can use"
+
+
+def lengths(arrays: Sequence[Tensor]) -> Tensor:
+    """Return the length of each tensor, as a wide 1-d tensor."""
+    group = Group(arrays, arrays, [None] * len(arrays))
+    return group.norms(Config(momentum=0.0))[0]
+
+
+def step_(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Any],
+    lr: Any,
+    config: Config,
+    norms: tuple[Tensor, Tensor] | None = None,
+) -> Lengths:
+    """Move `weights` and `buffers` in place, see `larskit.engines`."""
+    keep = not is_zero(config.momentum)
+    kept = kept_buffers(weights, buffers, keep)
+    group = Group(weights, gradients, buffers, new_buffers=kept)
+    group.step_(lr, config, norms)
+    if keep:
+        buffers[:] = kept
+    return group.lengths
+
+
+class Group:
+    """Layers of one device and dtype that were found fit for the kernels.
+
+    Its tables lie on the device, and what steps it took is read nowhere else, so that
+    a step waits for nothing.
+
+    Parameters
+    ----------
+    weights, gradients : sequences of Tensor
+        One of each for a layer.
+    buffers : sequence of Tensor or None
+        The momentum buffers; None for a layer without one.
+    new_buffers : sequence of Tensor or None, optional
+        Receive the new buffers. Default: the buffers do.
+
+    Raises
+    ------
+    Unfit
+        Naming a tensor and what is wrong with it. Nothing has changed then.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        buffers: Sequence[Any],
+        new_buffers: Sequence[Any] | None = None,
+    ) -> None:
+        """Check the tensors, and write where they lie into the tables."""
+        new_buffers = buffers if new_buffers is None else new_buffers
+        _check(weights, gradients, buffers, new_buffers)
+        self._gradients = list(gradients)
+        self._written = [*weights, *(v for v in new_buffers if v is not None)]
+        self._weights = self._written[: len(weights)]
+        pairs = zip(buffers, new_buffers, strict=True)
+        self._new = [v for old, v in pairs if old is None and v is not None]
+        self._dtypes = dtype_name(weights[0]), dtype_name(gradients[0])
+        self._device = weights[0].device
+        self._stream = _stream(self._device)
+        self.captured = foreach.is_capturing(self._device)
+        self._places = _places(self._written)
+        self._looks = _looks(gradients)
+        self._left: list[Any] | None = None  # the weights whose squares are known
+        self._make_tables(weights, gradients, buffers, new_buffers)
+
+    def _make_tables(self, *columns: Sequence[Any]) -> None:
+        weights = columns[0]
+        rows = [[address(x) for x in column] for column in columns]
+        sizes = [w.numel() * (2 if w.is_complex() else 1) for w in weights]
+        blocks = [-(-size // kernels.BLOCK.value) for size in sizes]
+        *firsts, self._blocks = accumulate(blocks, initial=0)
+        rows += [sizes, firsts]
+        table = foreach.integers([x for row in rows for x in row], self._device)
+        self._addresses = rows[kernels.G.value]
+        self._table = table.view(len(rows), len(weights))
+        every = torch.arange(self._blocks, device=self._device)
+        firsts = self._table[kernels.FIRST.value]
+        self._owners = torch.searchsorted(firsts, every, right=True).sub_(1)
+        self._sums = self._empty(2, self._blocks)
+        self._lengths = self._empty(3, len(weights))
+        self._numbers = self._empty(len(kernels.NUMBERS))
+        self._held: list[Any] = [None] * len(kernels.NUMBERS)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float64, device=self._device)
+
+    def aim(self, gradients: list[Any]) -> bool:
+        """Take other gradients for the next step, if they and all else fit as before.
+
+        What is part of a CUDA graph stays as it was captured, for good.
+        """
+        captures = foreach.is_capturing(self._device)
+        ours = not self.captured and _stream(self._device) == self._stream
+        if not (
+            (captures or ours)
+            and _looks(gradients) == self._looks
+            and not any(g.is_neg() for g in gradients)
+            and _places(self._written) == self._places
+        ):
+            return False
+        addresses = [g.data_ptr() for g in gradients]
+        if addresses != self._addresses:
+            if captures:
+                return False
+            row = self._table[kernels.G.value]
+            row.copy_(foreach.integers(addresses, self._device))
+            self._addresses = addresses
+        self.captured = captures
+        self._gradients = gradients
+        return True
+
+    def step_(
+        self,
+        lr: Any,
+        config: Config,
+        norms: tuple[Tensor, Tensor] | None = None,
+        *,
+        carry: bool = False,
+        scale: Tensor | None = None,
+        permitted: Tensor | None = None,
+    ) -> None:
+        """Move every layer along the gradients that were given last, once.
+
+        Parameters
+        ----------
+        lr : float or Tensor of one element
+            The learning rate; a tensor is read on the device.
+        config : Config
+            The hyper-parameters; tensors in it are on the device.
+        norms : pair of Tensor, optional
+            The lengths of the weights and of what is measured, if known.
+        carry : bool, default=False
+            Measure the new weights on the way, so that the next step need not, if
+            nobody else writes them until then.
+        scale : Tensor of one element, optional
+            What the loss, and hence the gradients, were multiplied by.
+        permitted : Tensor of one bool, optional
+            Nothing moves where it is false. The first buffers are then zeros, which
+            differs from the rule where it would dampen what enters them.
+        """
+        assert self._gradients, "a group steps once along its gradients"
+        arguments = self._arguments(lr, config, scale, permitted)
+        how = self._variant(config, scale, permitted, carry)
+        if permitted is not None:
+            for v in self._new:
+                v.zero_()
+            self._begin()
+        with _current(self._device):
+            if norms is None:
+                _launch(kernels.measure, self._blocks, *arguments, how)
+            else:
+                for own, given in zip(self._lengths, norms, strict=False):
+                    own.copy_(given)
+            given = norms is not None
+            _launch(kernels.finish, len(self._weights), *arguments, how, given)
+            _launch(kernels.move, self._blocks, *arguments, how)
+        self._begin()
+        self._gradients = []
+        torch.autograd.graph.increment_version(self._written)
+        self._left = self._marks() if carry else None
+
+    def norms(
+        self, config: Config, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the lengths of the weights and of what is measured beside them.
+
+        The step is still to be taken.
+        """
+        arguments = self._arguments(0.0, config, scale)
+        how = self._variant(config, scale)
+        with _current(self._device):
+            _launch(kernels.measure, self._blocks, *arguments, how)
+            _launch(kernels.finish, len(self._weights), *arguments, how, False)
+        return self._lengths[0], self._lengths[1]
+
+    @property
+    def lengths(self) -> Lengths:
+        """What the last step measured, until the next."""
+        return Lengths(*self._lengths.unbind())
+
+    def _begin(self) -> None:
+        """Have new buffers count as buffers from now on."""
+        if self._new:
+            self._table[kernels.V.value].copy_(self._table[kernels.NEW_V.value])
+            self._new = []
+
+    def _arguments(
+        self,
+        lr: Any,
+        config: Config,
+        scale: Tensor | None = None,
+        permitted: Tensor | None = None,
+    ) -> tuple[Any, ...]:
+        """Write the hyper-parameters that are new, and return what kernels get."""
+        values = {**vars(config), "lr": lr, "weight_decay": weight_decay(config)}
+        for i, name in enumerate(kernels.NUMBERS):
+            value = values[name]
+            if not isinstance(value, Tensor):
+                if value != self._held[i]:
+                    self._numbers[i].fill_(value)
+                    self._held[i] = value
+            elif value is not lr:
+                self._numbers[i].copy_(value.view(()))
+                self._held[i] = None
+        return (
+            self._table,
+            self._owners,
+            len(self._weights),
+            self._blocks,
+            self._sums,
+            self._lengths,
+            lr if isinstance(lr, Tensor) else self._numbers,
+            self._numbers,
+            self._numbers if scale is None else scale,
+            self._numbers if permitted is None else permitted,
+        )
+
+    def _variant(
+        self,
+        config: Config,
+        scale: Tensor | None = None,
+        permitted: Tensor | None = None,
+        carry: bool = False,
+    ) -> kernels.Variant:
+        return _variant(
+            *self._dtypes,
+            config.denominator,
+            config.lr_placement,
+            *(bool(getattr(config, name)) for name in _FLAGS),
+            not is_zero(weight_decay(config)),
+            not is_zero(config.momentum),
+            scale is not None,
+            permitted is not None,
+            self._left is not None and self._left == self._marks(),
+            carry,
+        )
+
+    def _marks(self) -> list[Any]:
+        """Return what changes when somebody writes a weight."""
+        return [w._version for w in self._weights]
+
+
+@cache
+def _variant(
+    w: str, g: str, denominator: str, placement: str, *flags: bool
+) -> kernels.Variant:
+    dtypes = _DTYPES[w], _DTYPES[g]
+    wide = tl.float64 if tl.float64 in dtypes else tl.float32
+    return kernels.Variant(*dtypes, wide, denominator, placement == "inside", *flags)
+
+
+def _check(weights: Any, gradients: Any, buffers: Any, new_buffers: Any) -> None:
+    if why := unavailable():
+        raise Unfit(why)
+    device = weights[0].device
+    if device.type != ("cpu" if _INTERPRETED else "cuda"):
+        raise Unfit(f"weight 0 is on the device {device}")
+    w_dtype, g_dtype = dtype_name(weights[0]), dtype_name(gradients[0])
+    if not {w_dtype, g_dtype} <= {*_DTYPES} or (
+        w_dtype != g_dtype and "complex" in w_dtype + g_dtype
+    ):
+        raise Unfit(f"weight 0 is {w_dtype} and its gradient {g_dtype}")
+    where = str(device)
+    check("weight", weights, weights, w_dtype, where, written=True)
+    check("gradient", gradients, weights, g_dtype, where)
+    check("momentum buffer", buffers, weights, w_dtype, where)
+    check("new momentum buffer", new_buffers, weights, w_dtype, where, written=True)
+
+
+def _places(tensors: list[Tensor]) -> list[Any]:
+    return [(x.data_ptr(), x.stride()) for x in tensors]
+
+
+def _looks(gradients: Sequence[Any]) -> list[Any]:
+    return [(type(g), g.dtype, g.layout, g.stride()) for g in gradients]
+
+
+def _launch(kernel: Any, programs: int, *arguments: Any) -> None:
+    if programs:
+        kernel[(programs,)](*arguments, num_warps=_WARPS, enable_fp_fusion=False)
+
+
+def _stream(device: torch.device) -> int:
+    """Name the stream on which the device works now."""
+    on_gpu = device.type == "cuda"
+    return torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+
+
+def _current(device: torch.device) -> Any:
+    """Return a context in which kernels are launched on a device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
