@@ -1,22 +1,30 @@
-"""Triton's kernels run in its interpreter, which is chosen before it is loaded."""
+"""Without a GPU, Triton's kernels run in its interpreter: that is asked for here.
+
+Triton reads the environment when it is imported. On a GPU, LARSKIT_TEST_DEVICE=cuda.
+"""
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+ON_CPU = os.environ.get("LARSKIT_TEST_DEVICE", "cpu") == "cpu"
+os.environ.setdefault("TRITON_INTERPRET", "1" if ON_CPU else "0")
 
-if os.environ["TRITON_INTERPRET"] == "1":
+if ON_CPU:
     import torch
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     cast = InterpreterBuilder.cast_impl
 
-    def rounded(self, src, dst_type):
-        """Round to the nearest bfloat16 as GPUs do; the interpreter cuts the bits."""
-        if dst_type.scalar != tl.bfloat16 or src.dtype.scalar == tl.bfloat16:
+    def as_gpus_do(self, src, dst_type):
+        """Cast bfloat16 as GPUs do: the interpreter cuts bits, and loses subnormals."""
+        before, after = src.dtype.scalar, dst_type.scalar
+        if before == after or tl.bfloat16 not in (before, after):
             return cast(self, src, dst_type)
-        wide = torch.from_numpy(src.data.copy())
-        bits = wide.to(torch.bfloat16).view(torch.uint16).numpy()
-        return TensorHandle(bits, dst_type.scalar)
+        x = torch.from_numpy(src.data.copy())
+        if before == tl.bfloat16:
+            wide = x.view(torch.bfloat16).to(torch.float32).numpy()
+            return cast(self, TensorHandle(wide, tl.float32), dst_type)
+        bits = x.to(torch.bfloat16).view(torch.uint16).numpy()
+        return TensorHandle(bits, after)
 
-    InterpreterBuilder.cast_impl = rounded
+    InterpreterBuilder.cast_impl = as_gpus_do

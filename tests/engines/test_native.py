@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from cases import EXACT, LAYOUTS, array, configs, same, steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,75 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from larskit.config import Config
 from larskit.engines import native, reference
 
-# float64 lengths may differ by an ulp: torch's own square root is not always exact.
-EXACT = [
-    (torch.float32, torch.float32),
-    (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float16),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-]
 SIZES = st.one_of(st.integers(0, 70), st.sampled_from([1023, 1024, 1025, 5003, 70_001]))
 
 
 def test_it_is_there():
     assert native.unavailable() is None
-
-
-@st.composite
-def configs(draw):
-    denominator = draw(
-        st.sampled_from(["paper", "decayed_gradient", "gradient", "momentum"])
-    )
-    placements = ["outside"] if denominator == "momentum" else ["inside", "outside"]
-    momentum = draw(st.sampled_from([0.0, 0.5, 0.9]))
-    return Config(
-        denominator=denominator,
-        lr_placement=draw(st.sampled_from(placements)),
-        momentum=momentum,
-        nesterov=momentum > 0 and draw(st.booleans()),
-        dampening=draw(st.sampled_from([0.0, 0.3])) if momentum else 0.0,
-        weight_decay=draw(st.sampled_from([0.0, 1e-2])),
-        trust_coefficient=draw(st.sampled_from([1e-3, 1.0])),
-        eps=draw(st.sampled_from([0.0, 1e-3])),
-        threshold=draw(st.sampled_from([0.0, 5.0])),
-        clip=draw(st.booleans()),
-        adapt=draw(st.booleans()),
-        maximize=draw(st.booleans()),
-        zero_guard=draw(st.booleans()),
-    )
-
-
-LAYOUTS = st.sampled_from(["contiguous", "transposed", "channels_last"])
-
-
-def array(generator, dtype, n, layout):
-    x = torch.randn(n, generator=generator).to(dtype)
-    if layout == "transposed":
-        return x.view(-1, 7).T if n % 7 == 0 else x.view(n, 1).T
-    if layout == "channels_last":
-        if n % 12:
-            return x.view(1, n, 1, 1)
-        return x.view(2, 2, 3, -1).to(memory_format=torch.channels_last)
-    return x
-
-
-def steps(
-    engine: Any, sizes, dtypes, config, layout="contiguous", count=3, **options
-) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    w_dtype, g_dtype = dtypes
-    w = [array(generator, w_dtype, n, layout) for n in sizes]
-    v: list[Any] = [None] * len(w)
-    for i in range(count):
-        g = [array(generator, g_dtype, n, layout) for n in sizes]
-        engine.step_(w, g, v, 0.37 / (1 + i), config, **options)
-    return w + [x for x in v if x is not None]
-
-
-def same(ours, theirs):
-    pairs = zip(ours, theirs, strict=True)
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
 LISTS = st.lists(SIZES, min_size=1, max_size=5)

@@ -1,0 +1,355 @@
+"""Triton's kernels: the reference's bits, on the GPU or in Triton's interpreter."""
+
+from typing import Any
+
+import pytest
+import torch
+from cases import CONFIGS, DEVICE, EXACT, array, configs, same, steps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from larskit.config import Config
+from larskit.engines import foreach, reference, triton
+from larskit.engines.triton import kernels
+from larskit.layout import Unfit
+
+BLOCK = kernels.BLOCK.value
+SIZES = st.one_of(
+    st.integers(0, 70), st.sampled_from([BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
+)
+LISTS = st.lists(SIZES, min_size=1, max_size=3)
+LAYOUTS = st.sampled_from(["contiguous", "transposed", "channels_last", "unaligned"])
+ON_CPU = pytest.mark.skipif(DEVICE != "cpu", reason="looks at how the host waits")
+
+
+def full(value, *shape):
+    return torch.full(shape, float(value), device=DEVICE)
+
+
+@settings(max_examples=40, deadline=None)
+@given(configs(), LISTS, st.sampled_from(EXACT), LAYOUTS)
+def test_the_bits_are_those_of_the_reference(config, sizes, dtypes, layout):
+    ours = steps(triton, sizes, dtypes, config, layout, 2, device=DEVICE)
+    assert same(ours, steps(reference, sizes, dtypes, config, layout, 2))
+
+
+REAL = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("w_dtype", REAL, ids=str)
+@pytest.mark.parametrize("g_dtype", REAL, ids=str)
+def test_gradients_of_another_dtype(w_dtype, g_dtype):
+    config = Config(weight_decay=0.01, nesterov=True)
+    dtypes, sizes = (w_dtype, g_dtype), [BLOCK + 7, 12]
+    ours = steps(triton, sizes, dtypes, config, count=2, device=DEVICE)
+    theirs = steps(reference, sizes, dtypes, config, count=2)
+    for a, b in zip(ours, theirs, strict=True):
+        eps = torch.finfo(w_dtype).eps
+        assert a.dtype == w_dtype
+        torch.testing.assert_close(a.cpu(), b, rtol=2 * eps, atol=2 * eps)
+
+
+def test_runs_repeat_to_the_bit():
+    sizes = [5 * BLOCK + 3, 0, 40_000, 1]
+    runs = [
+        steps(triton, sizes, EXACT[0], Config(), count=1, device=DEVICE)
+        for _ in range(3)
+    ]
+    assert same(runs[0], runs[1])
+    assert same(runs[0], runs[2])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 65504.0, -0.0])
+@pytest.mark.parametrize("dtypes", EXACT[::3], ids=str)
+def test_strange_numbers(value, dtypes):
+    config = Config(weight_decay=0.01, trust_coefficient=1.0)
+    w = torch.linspace(-2, 2, 100).to(dtypes[0])
+    g = torch.linspace(3, -1, 100).to(dtypes[1])
+    w[17] = value
+    g[40] = value
+    results = []
+    for engine, device in ((triton, DEVICE), (reference, "cpu")):
+        ours, v = [w.clone().to(device)], [None]
+        engine.step_(ours, [g.to(device)], v, 0.5, config)
+        results.append(ours[0].cpu())
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+@ON_CPU
+def test_every_narrow_number_survives():
+    bits = torch.arange(-32768, 32768, dtype=torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        w = bits.view(dtype)
+        w = w[w.isfinite()].clone()
+        before = w.clone()
+        config = Config(adapt=False, momentum=0.0)
+        triton.step_([w], [torch.zeros_like(w)], [None], 1.0, config)
+        assert torch.equal(w, before)
+
+
+def test_offsets_of_more_than_32_bits():
+    """A layer of which only the end is there: the blocks before it are left out."""
+    tail, hidden = BLOCK + 100, 2**34
+    w, g, v = (array(None, torch.float32, tail).to(DEVICE) for _ in range(3))
+    expected = w.clone(), v.clone()
+    group = triton.Group([w], [g], [v])
+    start = 4 * hidden
+    for row, by in ((kernels.W, -start), (kernels.G, -start), (kernels.V, -start)):
+        group._table[row.value] += by
+    group._table[kernels.NEW_V.value] -= start
+    group._table[kernels.SIZE.value] += hidden
+    group._table[kernels.FIRST.value] -= hidden // BLOCK
+    config = Config(weight_decay=0.01, trust_coefficient=1.0)
+    norms = full(3, 1).double(), full(2, 1).double()
+    group.step_(0.5, config, norms)
+    w_2, v_2 = expected
+    reference.step_([w_2], [g], [v_2], 0.5, config, norms)
+    assert torch.equal(w, w_2)
+    assert torch.equal(v, v_2)
+
+
+def make(*sizes: int, dtype=torch.float32, buffers=True):
+    """Return a group of layers of one number, and its tensors."""
+    w = [full(i + 1, n).to(dtype) for i, n in enumerate(sizes)]
+    g = [full(1, n).to(dtype) for n in sizes]
+    v: list[Any] = [full(0, n).to(dtype) if buffers else None for n in sizes]
+    new = [full(7, n).to(dtype) for n in sizes] if not buffers else v
+    return triton.Group(w, g, v, new), w, g, new
+
+
+@ON_CPU
+def test_tables_are_written_again_only_when_a_storage_moves(monkeypatch):
+    writes = []
+    write = foreach.integers
+    monkeypatch.setattr(
+        foreach, "integers", lambda *a: (writes.append(1), write(*a))[1]
+    )
+    group, _w, g, _ = make(5, BLOCK)
+    config = Config(momentum=0.0, adapt=False)
+    for _ in range(3):
+        assert group.aim(g)
+        group.step_(1.0, config)
+    assert len(writes) == 1
+    g[1] = g[1].clone()
+    assert group.aim(g)
+    group.step_(1.0, config)
+    assert len(writes) == 2
+
+
+CHANGES = {
+    "nothing": (lambda p, v: None, lambda g: g, True),
+    "another gradient": (lambda p, v: None, torch.clone, True),
+    "weights elsewhere": (lambda p, v: put(p, p.data.clone()), lambda g: g, False),
+    "a buffer elsewhere": (lambda p, v: put(v, v.data.clone()), lambda g: g, False),
+    "weights transposed": (lambda p, v: put(p, p.data.t()), lambda g: g, False),
+    "gradient transposed": (lambda p, v: None, torch.t, False),
+    "gradient narrow": (lambda p, v: None, torch.Tensor.half, False),
+    "gradient sparse": (lambda p, v: None, torch.Tensor.to_sparse, False),
+    "gradient subclass": (lambda p, v: None, nn.Parameter, False),
+    "gradient negated": (lambda p, v: None, lambda g: negated(g), False),
+}
+
+
+def put(p, data):
+    p.data = data
+
+
+def negated(g):
+    """Return a tensor of the same look whose bits are to be read negated."""
+    x = torch.complex(g, g).conj().imag
+    return x if x.stride() == g.stride() else torch._neg_view(g)
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_group_sees_what_has_changed(what):
+    change, make_gradient, fits = CHANGES[what]
+    p, g, v = nn.Parameter(full(1, 4, 4)), full(1, 4, 4), full(0, 4, 4)
+    group = triton.Group([p], [g], [v])
+    change(p, v)
+    assert group.aim([make_gradient(g)]) is fits
+
+
+def test_a_group_steps_once_along_its_gradients():
+    group, *_ = make(4)
+    group.step_(1.0, Config(momentum=0.0))
+    with pytest.raises(AssertionError, match="once along its gradients"):
+        group.step_(1.0, Config(momentum=0.0))
+
+
+def test_hyper_parameters_on_the_device_are_read_there():
+    group, w, g, _ = make(4)
+    lr, wd = full(0.5), full(0.25)
+    config = Config(adapt=False, momentum=0.0, weight_decay=wd)
+    group.step_(lr, config)
+    assert w[0].tolist() == [0.375] * 4
+    lr.fill_(1.0)
+    wd.fill_(1.0)
+    assert group.aim(g)
+    group.step_(lr, config)
+    assert w[0].tolist() == [-1.0] * 4
+
+
+def test_hyper_parameters_may_change():
+    rows = [(1.0, CONFIGS[0]), (0.5, CONFIGS[0]), (0.5, CONFIGS[1]), (1.0, CONFIGS[40])]
+    results = []
+    for engine in (triton, reference):
+        w, g, v = ([full(i, 5)] for i in (1, 2, 3))
+        group = triton.Group(w, g, v)
+        for lr, config in rows:
+            if engine is reference:
+                engine.step_(w, g, v, lr, config)
+            else:
+                assert group.aim(g)
+                group.step_(lr, config)
+        results.append(w + v)
+    assert same(*results)
+
+
+@ON_CPU
+def test_the_host_looks_at_nothing(monkeypatch):
+    group, w, g, _ = make(4, 9)
+    lr, flag, scale = full(0.5), torch.tensor(True), full(2.0)
+
+    def wait(*_: Any) -> None:
+        raise AssertionError("the host looked at a tensor")
+
+    for name in ("item", "__bool__", "__float__", "tolist", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, wait)
+    options: Any
+    for options in ({}, {"permitted": flag}, {"scale": scale}):
+        for config in CONFIGS[:2]:
+            assert group.aim(list(g))
+            group.norms(config)
+            group.step_(lr, config, **options)
+    monkeypatch.undo()
+    assert w[0][0] != 1
+
+
+@pytest.mark.parametrize("permitted", [True, False])
+@pytest.mark.parametrize("buffers", [True, False])
+def test_a_flag_decides_whether_anything_moves(permitted, buffers):
+    group, w, g, v = make(3, BLOCK + 3, buffers=buffers)
+    before = [x.clone() for x in w]
+    config = Config(trust_coefficient=1.0, weight_decay=0.5)
+    flag = torch.tensor(permitted, device=DEVICE)
+    group.step_(0.25, config, permitted=flag)
+    if permitted:
+        expected: list[Any] = [None, None]
+        reference.step_(before, g, expected, 0.25, config)
+        assert same(w + v, before + expected)
+    else:
+        assert same(w + v, before + [torch.zeros_like(x) for x in v])
+
+
+@pytest.mark.parametrize("config", CONFIGS[::9], ids=str)
+def test_the_scale_of_the_loss_is_taken_out(config):
+    group, w, g, v = make(3, BLOCK + 3)
+    twins: Any = [x.clone() for x in w], [x.clone() for x in v]
+    if config.momentum == 0:
+        v, twins = [], (twins[0], [None, None])
+    reference.step_(twins[0], g, twins[1], 0.25, config)
+    scaled = [x * 1024 for x in g]
+    kept = [x.clone() for x in scaled]
+    assert group.aim(scaled)
+    group.step_(0.25, config, scale=full(1024))
+    assert same(w + v, twins[0] + [x for x in twins[1] if x is not None])
+    assert same(scaled, kept)
+
+
+@pytest.mark.parametrize("config", CONFIGS[::9], ids=str)
+def test_carried_squares_change_no_bit(config):
+    results = []
+    for carry in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        sizes = [BLOCK + 70, 5]
+        w = [array(generator, torch.bfloat16, n).to(DEVICE) for n in sizes]
+        v = [torch.zeros_like(x) for x in w]
+        group = triton.Group(w, w, v)
+        for i in range(3):
+            g = [array(generator, torch.bfloat16, n).to(DEVICE) for n in sizes]
+            assert group.aim(g)
+            group.step_(0.5 / (1 + i), config, carry=carry)
+        results.append([*w, *v, *group.lengths])
+    assert same(*results)
+
+
+def test_carried_squares_are_used_until_somebody_writes():
+    group, w, g, _ = make(4, 4)
+    config = Config(momentum=0.0, trust_coefficient=0.5)
+    group.step_(0.0, config, carry=True)
+    w[0].data.fill_(9.0)  # which nothing can see
+    assert group.aim(g)
+    group.step_(0.0, config, carry=True)
+    assert group.lengths.weight.tolist() == [2.0, 4.0]
+    w[1].fill_(9.0)
+    assert group.aim(g)
+    group.step_(0.0, config)
+    assert group.lengths.weight.tolist() == [18.0, 18.0]
+
+
+@pytest.mark.parametrize("config", CONFIGS[::17], ids=str)
+def test_given_norms_are_those_that_were_measured(config):
+    group, w, g, v = make(4, BLOCK + 1)
+    twins = [x.clone() for x in w], [x.clone() for x in v]
+    norms = group.norms(config)
+    group.step_(0.5, config, norms)
+    triton.step_(twins[0], g, twins[1], 0.5, config)
+    assert same(w + v, twins[0] + twins[1])
+
+
+@ON_CPU
+def test_what_a_graph_captures_stands_in_it_by_value(monkeypatch):
+    """The tables are written by kernels with the numbers in their arguments."""
+    plain, w, g, v = make(4, 0, BLOCK + 1)
+    twins = [[x.clone() for x in column] for column in (w, g, v)]
+    plain.step_(0.5, CONFIGS[0])
+    monkeypatch.setattr(foreach, "is_capturing", lambda device: True)
+    copies = []
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: copies.append(a))
+    group = triton.Group(*twins)
+    monkeypatch.undo()
+    group.step_(0.5, CONFIGS[0])
+    assert not copies
+    assert group.captured
+    assert same(w + v, twins[0] + twins[2])
+
+
+@ON_CPU
+def test_what_was_captured_is_not_used_again(monkeypatch):
+    group, _, g, _ = make(4)
+    monkeypatch.setattr(foreach, "is_capturing", lambda device: True)
+    assert not group.aim([g[0].clone()])  # whose address would have to be written
+    assert not group.captured
+    assert group.aim(g)
+    monkeypatch.undo()
+    assert group.captured
+    assert not group.aim(g)
+
+
+REFUSED = [
+    (torch.int32, torch.int32, "weight 0 is int32 and its gradient int32"),
+    (torch.complex64, torch.float32, "weight 0 is complex64 and its gradient float32"),
+]
+
+
+@pytest.mark.parametrize(("w_dtype", "g_dtype", "message"), REFUSED, ids=str)
+def test_dtypes_that_are_refused(w_dtype, g_dtype, message):
+    w, g = full(1, 3).to(w_dtype), full(1, 3).to(g_dtype)
+    with pytest.raises(Unfit, match=message):
+        triton.Group([w], [g], [None])
+
+
+def test_layouts_that_are_refused():
+    w = full(1, 4, 6)
+    with pytest.raises(Unfit, match="gradient 0 is not contiguous"):
+        triton.Group([w[:, :3].contiguous()], [w[:, ::2]], [None])
+    with pytest.raises(Unfit, match=r"gradient 0 has the shape \(6, 4\)"):
+        triton.Group([w], [w.t()], [None])
+    with pytest.raises(Unfit, match="weight 0 is on the device meta"):
+        triton.Group([w.to("meta")], [w.to("meta")], [None])
+    with torch.inference_mode():
+        inference = full(1, 4, 6)
+    with pytest.raises(Unfit, match="weight 0 is an inference tensor"):
+        triton.Group([inference], [w], [None])
