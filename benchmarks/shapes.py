@@ -8,6 +8,7 @@ from rows import Shapes
 from larskit.app.models import build
 
 RESNET, VIT, SMALL = "ResNet-50", "ViT-B/16", "100 x (64x64 + 64)"
+VIT_L, GPT = "ViT-L/16", "GPT, 1.3B"
 
 
 def _resnet50() -> Shapes:
@@ -16,18 +17,30 @@ def _resnet50() -> Shapes:
     return tuple(tuple(p.shape) for p in model.parameters())
 
 
-def _vit_b_16() -> Shapes:
-    """Return the shapes of ``torchvision.models.vit_b_16``."""
-    d, mlp = 768, 3072
+def _vit(d: int, blocks: int) -> Shapes:
+    """Return the shapes of ``torchvision.models.vit_b_16``, or of the large one."""
+    stem = ((1, 1, d), (d, 3, 16, 16), (d,), (1, 197, d))
+    return (*stem, *_block(d) * blocks, (d,), (d,), (1000, d), (1000,))
+
+
+def _gpt(d: int, blocks: int) -> Shapes:
+    """Return the shapes of GPT-2 with a context of 2048."""
+    return ((50257, d), (2048, d), *_block(d) * blocks, (d,), (d,))
+
+
+def _block(d: int) -> Shapes:
     norm = ((d,), (d,))
     attention = ((3 * d, d), (3 * d,), (d, d), (d,))
-    block = (*norm, *attention, *norm, (mlp, d), (mlp,), (d, mlp), (d,))
-    stem = ((1, 1, d), (d, 3, 16, 16), (d,), (1, 197, d))
-    return (*stem, *block * 12, *norm, (1000, d), (1000,))
+    return (*norm, *attention, *norm, (4 * d, d), (4 * d,), (d, 4 * d), (d,))
 
 
 SHAPES: dict[str, Callable[[], Shapes]] = {
     RESNET: _resnet50,
-    VIT: _vit_b_16,
+    VIT: lambda: _vit(768, 12),
     SMALL: lambda: ((64, 64), (64,)) * 100,
+}
+# For GPUs alone.
+LARGE: dict[str, Callable[[], Shapes]] = {
+    VIT_L: lambda: _vit(1024, 24),
+    GPT: lambda: _gpt(2048, 24),
 }

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -99,11 +100,12 @@ class Group:
         pairs = zip(buffers, new_buffers, strict=True)
         self._new = [v for old, v in pairs if old is None and v is not None]
         self._dtypes = dtype_name(weights[0]), dtype_name(gradients[0])
+        self._gradient_dtype = gradients[0].dtype
         self._device = weights[0].device
         self._stream = _stream(self._device)
         self.captured = foreach.is_capturing(self._device)
-        self._places = _places(self._written)
-        self._looks = _looks(gradients)
+        self._strides = _strides(self._written), _strides(gradients)
+        self._places = _addresses(self._written)
         self._left: list[Any] | None = None  # the weights whose squares are known
         self._make_tables(weights, gradients, buffers, new_buffers)
 
@@ -137,12 +139,12 @@ class Group:
         ours = not self.captured and _stream(self._device) == self._stream
         if not (
             (captures or ours)
-            and _looks(gradients) == self._looks
-            and not any(g.is_neg() for g in gradients)
-            and _places(self._written) == self._places
+            and _are_plain(gradients, self._gradient_dtype)
+            and (_strides(self._written), _strides(gradients)) == self._strides
+            and _addresses(self._written) == self._places
         ):
             return False
-        addresses = [g.data_ptr() for g in gradients]
+        addresses = _addresses(gradients)
         if addresses != self._addresses:
             if captures:
                 return False
@@ -311,12 +313,21 @@ def _check(weights: Any, gradients: Any, buffers: Any, new_buffers: Any) -> None
     check("new momentum buffer", new_buffers, weights, w_dtype, where, written=True)
 
 
-def _places(tensors: list[Tensor]) -> list[Any]:
-    return [(x.data_ptr(), x.stride()) for x in tensors]
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [*map(Tensor.data_ptr, tensors)]
 
 
-def _looks(gradients: Sequence[Any]) -> list[Any]:
-    return [(type(g), g.dtype, g.layout, g.stride()) for g in gradients]
+def _strides(tensors: Sequence[Tensor]) -> list[Any]:
+    return [*map(Tensor.stride, tensors)]
+
+
+def _are_plain(tensors: Sequence[Any], dtype: torch.dtype) -> bool:
+    return (
+        {*map(type, tensors)} == {Tensor}
+        and {*map(attrgetter("dtype"), tensors)} == {dtype}
+        and {*map(attrgetter("layout"), tensors)} == {torch.strided}
+        and not any(map(Tensor.is_neg, tensors))
+    )
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any) -> None:
