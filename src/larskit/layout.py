@@ -106,6 +106,26 @@ def size(x: Any) -> int:
     return x.size if isinstance(x, np.ndarray) else x.numel()
 
 
+def integers(values: Sequence[int], device: Any) -> Any:
+    """Return whole numbers as a torch tensor, without waiting for its device.
+
+    While a CUDA graph is captured they become part of it, by value: a copy would read
+    host memory anew whenever the graph is replayed.
+    """
+    torch = sys.modules["torch"]
+    if not is_capturing(device):
+        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+    x = torch.zeros(len(values), dtype=torch.int64, device=device)
+    torch._foreach_add_(list(x), list(values))
+    return x
+
+
+def is_capturing(device: Any) -> bool:
+    """Whether what a torch device is given to do goes into a CUDA graph."""
+    cuda = sys.modules["torch"].cuda
+    return device.type == "cuda" and cuda.is_current_stream_capturing()
+
+
 def _tensor_fault(x: Any, device: str) -> str | None:
     torch = sys.modules["torch"]
     if type(x) not in (torch.Tensor, torch.nn.Parameter):

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from larskit import layout
 from larskit.config import Config
-from larskit.engines import foreach, reference, triton
+from larskit.engines import reference, triton
 from larskit.engines.triton import kernels
 from larskit.layout import Unfit
 
@@ -122,10 +123,8 @@ def make(*sizes: int, dtype=torch.float32, buffers=True):
 @ON_CPU
 def test_tables_are_written_again_only_when_a_storage_moves(monkeypatch):
     writes = []
-    write = foreach.integers
-    monkeypatch.setattr(
-        foreach, "integers", lambda *a: (writes.append(1), write(*a))[1]
-    )
+    write = layout.integers
+    monkeypatch.setattr(layout, "integers", lambda *a: (writes.append(1), write(*a))[1])
     group, _w, g, _ = make(5, BLOCK)
     config = Config(momentum=0.0, adapt=False)
     for _ in range(3):
@@ -305,7 +304,7 @@ def test_what_a_graph_captures_stands_in_it_by_value(monkeypatch):
     plain, w, g, v = make(4, 0, BLOCK + 1)
     twins = [[x.clone() for x in column] for column in (w, g, v)]
     plain.step_(0.5, CONFIGS[0])
-    monkeypatch.setattr(foreach, "is_capturing", lambda device: True)
+    monkeypatch.setattr(layout, "is_capturing", lambda device: True)
     copies = []
     monkeypatch.setattr(torch, "tensor", lambda *a, **k: copies.append(a))
     group = triton.Group(*twins)
@@ -319,7 +318,7 @@ def test_what_a_graph_captures_stands_in_it_by_value(monkeypatch):
 @ON_CPU
 def test_what_was_captured_is_not_used_again(monkeypatch):
     group, _, g, _ = make(4)
-    monkeypatch.setattr(foreach, "is_capturing", lambda device: True)
+    monkeypatch.setattr(layout, "is_capturing", lambda device: True)
     assert not group.aim([g[0].clone()])  # whose address would have to be written
     assert not group.captured
     assert group.aim(g)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from larskit.engines import foreach
+from larskit import layout
 from larskit.torch import LARS, step_in_backward
 
 INF, NAN = math.inf, math.nan
@@ -175,7 +175,7 @@ def test_a_learning_rate_on_the_device_is_read_there():
 
 
 def test_what_a_graph_can_capture(monkeypatch):
-    monkeypatch.setattr(foreach, "is_capturing", lambda device: True)
+    monkeypatch.setattr(layout, "is_capturing", lambda device: True)
     params = layers()
     give(params, 0)
     with pytest.raises(RuntimeError, match="but capturable=False"):

@@ -12,6 +12,7 @@ import torch
 from cases import DEVICE
 from torch import nn
 
+from larskit import layout
 from larskit.engines import foreach, native, triton
 from larskit.torch import LARS, bucket, optimizer, step_in_backward
 
@@ -252,7 +253,7 @@ def test_layers_that_another_engine_steps_are_unscaled_too():
     found = []
     for fused in (True, False):
         p = nn.Parameter(torch.ones(3, 4, device=DEVICE)[:, ::2])
-        o = LARS([p], 0.5, fused=None if fused else False)
+        o: Any = LARS([p], 0.5, fused=None if fused else False)
         p.grad = torch.full_like(p, 16.0 if fused else 2.0)
         for flag in (1.0, 0.0):
             if fused:
@@ -272,7 +273,7 @@ def test_a_graph_is_captured_with_tables_of_its_own(monkeypatch):
     give(params, 0)
     o.step()
     gradients = [p.grad for p in params]
-    monkeypatch.setattr(foreach, "is_capturing", lambda device: True)
+    monkeypatch.setattr(layout, "is_capturing", lambda device: True)
     o.step()  # on the gradients of before: the tables that are there become the graph's
     first = o._plan._buckets
     assert all(b.captured for b in first)
@@ -301,6 +302,6 @@ def test_a_graph_needs_a_step_that_can_be_captured(monkeypatch):
     o = LARS(params, 0.5, fused=True)
     give(params, 0)
     o.step()
-    monkeypatch.setattr(foreach, "is_capturing", lambda device: True)
+    monkeypatch.setattr(layout, "is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="but capturable=False"):
         o.step()

@@ -138,21 +138,3 @@ def _widen(tensors: Tensors) -> Tensors:
     if tensors[0].element_size() >= 4:
         return tensors
     return [x.float() for x in tensors]
-
-
-def integers(values: list[int], device: torch.device) -> Tensor:
-    """Return whole numbers as a 1-d tensor, without waiting for its device.
-
-    While a CUDA graph is captured they become part of it, by value: a copy would read
-    host memory anew whenever the graph is replayed.
-    """
-    if not is_capturing(device):
-        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
-    x = torch.zeros(len(values), dtype=torch.int64, device=device)
-    torch._foreach_add_(list(x), values)
-    return x
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether what a device is given to do is being captured in a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

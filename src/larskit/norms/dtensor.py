@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from larskit.arrays import norm_dtype
+from larskit.layout import integers
 
 
 def lengths(
@@ -33,27 +34,53 @@ def lengths(
     local : callable
         An engine's ``lengths``, for the shards.
     """
-    own = zeros(layers)
+    together = Together(layers)
+    own = together.zeros()
     here = [i for i, x in enumerate(shards) if x is not None]
     if here:
-        own[here] = local([x for x in shards if x is not None])
-    return completed(own, layers)
+        found = local([x for x in shards if x is not None])
+        own[integers(here, own.device)] = found
+    return together.completed(own)
 
 
-def zeros(layers: Sequence[DTensor]) -> Tensor:
-    """Return a length of zero for each layer."""
-    like = layers[0].to_local()
-    dtype = getattr(torch, norm_dtype(like))
-    return torch.zeros(len(layers), dtype=dtype, device=like.device)
+class Together:
+    """Layers whose lengths processes find together.
 
+    What that takes on their device is kept, so that `completed` waits for nothing.
 
-def completed(own: Tensor, layers: Sequence[DTensor]) -> Tensor:
-    """Return the length of each layer, given those of what this process holds."""
-    found = torch.empty_like(own)
-    for mesh in dict.fromkeys(layer.device_mesh for layer in layers):
-        rows = [i for i, layer in enumerate(layers) if layer.device_mesh == mesh]
-        found[rows] = _over_mesh(mesh, own[rows], [layers[i] for i in rows])
-    return found
+    Parameters
+    ----------
+    layers : sequence of DTensor
+        Parameters, in the same order on every process.
+    """
+
+    def __init__(self, layers: Sequence[DTensor]) -> None:
+        """Find out which processes hold what."""
+        like = layers[0].to_local()
+        self.device = like.device
+        self._dtype = getattr(torch, norm_dtype(like))
+        self._count = len(layers)
+        self._meshes = []
+        for mesh in dict.fromkeys(layer.device_mesh for layer in layers):
+            rows = [i for i, layer in enumerate(layers) if layer.device_mesh == mesh]
+            dims = {dim for i in rows for dim in _sharded_dims(layers[i])}
+            counted = [_is_counted_here(layers[i], dims) for i in rows]
+            index, mask = (integers(x, self.device) for x in (rows, counted))
+            self._meshes.append((mesh, tuple(sorted(dims)), index, mask > 0))
+
+    def zeros(self) -> Tensor:
+        """Return a length of zero for each layer."""
+        return torch.zeros(self._count, dtype=self._dtype, device=self.device)
+
+    def completed(self, own: Tensor) -> Tensor:
+        """Return the length of each layer, given those of what this process holds."""
+        found = torch.empty_like(own)
+        for mesh, dims, index, counted in self._meshes:
+            squares = (own[index] ** 2).where(counted, 0.0)
+            for group in _groups(mesh, dims):
+                dist.all_reduce(squares, group=group)
+            found[index] = squares.sqrt()
+        return found
 
 
 def shard(x: DTensor, layer: DTensor) -> Tensor:
@@ -82,19 +109,13 @@ def assemble(shard: Tensor, layer: DTensor) -> DTensor:
     )
 
 
-def _over_mesh(mesh: DeviceMesh, own: Tensor, layers: list[DTensor]) -> Tensor:
-    sharded = {
+def _sharded_dims(layer: DTensor) -> set[int]:
+    """Return the dimensions of its mesh over which a layer is spread."""
+    return {
         dim
-        for layer in layers
         for dim, placement in enumerate(layer.placements)
         if not placement.is_replicate()  # FSDP2 has a kind of shards of its own
     }
-    elsewhere = [not _is_counted_here(layer, sharded) for layer in layers]
-    squares = own**2
-    squares[torch.tensor(elsewhere, device=own.device)] = 0.0
-    for group in _groups(mesh, tuple(sorted(sharded))):
-        dist.all_reduce(squares, group=group)
-    return squares.sqrt()
 
 
 def _is_counted_here(layer: DTensor, sharded: set[int]) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from larskit import rule
+from larskit import layout, rule
 from larskit.config import Config, is_zero
 from larskit.engines import foreach as _foreach
 from larskit.engines import native as _native
@@ -69,6 +69,7 @@ class Bucket:
         self.names: list[str] = []
         self.params: list[Any] = []
         self.norms: Any = None  # where they are known before the step
+        self.rows: Any = None  # where sharded layers stand among all such
         self._grads: list[Any] = []
         self._locals: list[Tensor] = []  # what this process holds of the parameters
         self._weights: list[Tensor] = []  # what moves: those, or their masters
@@ -168,7 +169,7 @@ class Bucket:
                 f"capturable=True, but lr is on the device {lr.device}, where a "
                 f"captured step would read it only once: move it to {device}"
             )
-        if not _foreach.is_capturing(device):
+        if not layout.is_capturing(device):
             return
         if not group["capturable"]:
             raise RuntimeError(

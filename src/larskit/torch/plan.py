@@ -9,6 +9,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from larskit import config as _config
+from larskit import layout
 from larskit.config import Config, check_lr
 from larskit.rule import Lengths
 from larskit.torch.bucket import (
@@ -36,6 +37,7 @@ class Plan:
         self._idle: list[Tensor] = []  # without a gradient
         self._params: list[Tensor] = []
         self._sharded: list[Any] = []
+        self._together: Any = None  # the processes, on the lengths of those
         self._states: list[Any] = []
         self._switches: list[Any] = []
         self._values: list[Any] = []
@@ -106,21 +108,17 @@ class Plan:
 
         All of them take part, also those without a gradient in this process.
         """
-        if not self._sharded:
+        if self._together is None:
             return
-        from larskit.norms import dtensor
-
-        layers = self._sharded * 2  # as weights, and as what is measured beside them
-        rows = {p: row for row, p in enumerate(self._sharded)}
-        own = dtensor.zeros(layers)
+        count = len(self._sharded)
+        own = self._together.zeros()
         buckets = [bucket for bucket in self._buckets if bucket.kind.sharded]
-        indices = [torch.tensor([rows[p] for p in b.params]) for b in buckets]
-        for bucket, index in zip(buckets, indices, strict=True):
+        for bucket in buckets:
             bucket.measure()
-            own[index], own[index + len(rows)] = bucket.norms
-        found = dtensor.completed(own, layers)
-        for bucket, index in zip(buckets, indices, strict=True):
-            bucket.norms = found[index], found[index + len(rows)]
+            own[bucket.rows], own[bucket.rows + count] = bucket.norms
+        found = self._together.completed(own)
+        for bucket in buckets:
+            bucket.norms = found[bucket.rows], found[bucket.rows + count]
 
     def _judge(self, policy: str, groups: list[dict[str, Any]], permitted: Any) -> Any:
         """Return whether to move: as `permitted` says, and if all lengths are finite.
@@ -205,8 +203,23 @@ class Plan:
         self._captured += [bucket for bucket in self._buckets if bucket.captured]
         self._buckets, self._idle = list(buckets.values()), idle
         self._params = [p for group in groups for p in group["params"]]
-        self._sharded = [p for p in self._params if is_sharded(p)]
+        self._gather_sharded()
         self._switches = [_switches(group) for group in groups]
+
+    def _gather_sharded(self) -> None:
+        self._sharded = [p for p in self._params if is_sharded(p)]
+        self._together = None
+        if not self._sharded:
+            return
+        from larskit.norms import dtensor
+
+        # Once as weights, and once as what is measured beside them.
+        self._together = together = dtensor.Together(self._sharded * 2)
+        places = {p: i for i, p in enumerate(self._sharded)}
+        for bucket in self._buckets:
+            if bucket.kind.sharded:
+                rows = [places[p] for p in bucket.params]
+                bucket.rows = layout.integers(rows, together.device)
 
 
 def _same(these: Collection[Any], those: Collection[Any]) -> bool:

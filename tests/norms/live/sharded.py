@@ -5,9 +5,12 @@ each case the parameters that differ, and the collectives of one step.
 """
 
 import json
+import os
 import sys
 from datetime import timedelta
 from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything loads Triton
 
 import torch
 from torch import distributed as dist
@@ -28,7 +31,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from larskit.torch import LARS
+from larskit.torch import LARS, bucket
 
 SHAPES = [(65, 8), (8, 33), (7,), (1,), (3, 2), (1, 1, 1), (130, 130)]
 OPTIONS = {
@@ -41,6 +44,7 @@ ENGINES = {
     "native": {"fused": True},
     "reference": {"foreach": False, "fused": False},
     "foreach": {"foreach": True},
+    "triton": {"fused": True},  # in its interpreter; the CPU plays the GPU
 }
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
 # For a weight and for what has one dimension; None: a plain tensor.
@@ -220,6 +224,9 @@ def main() -> None:
     for name, how in PLACEMENTS[dist.get_world_size()].items():
         for kind, options in OPTIONS.items():
             for engine, switches in ENGINES.items():
+                if engine == "triton" and kind not in ("paper", "momentum"):
+                    continue  # it takes its time
+                bucket.GPU = "cpu" if engine == "triton" else "cuda"
                 every = {**options, **switches}
                 expected = alone(every)
                 for partial in (False, True):
@@ -231,7 +238,9 @@ def main() -> None:
                     }
     for spread in MODULES[dist.get_world_size()]:
         for engine, switches in ENGINES.items():
+            bucket.GPU = "cpu" if engine == "triton" else "cuda"
             results[f"{spread.__name__}, {engine}"] = modules(spread, switches)
+    bucket.GPU = "cuda"
     results["masters"] = masters()
     dist.barrier()
     if dist.get_rank() == 0:

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from larskit import layout
 from larskit.arrays import dtype_name
 from larskit.config import Config, is_zero
-from larskit.engines import foreach
 from larskit.engines.triton import kernels
 from larskit.layout import Unfit, address, check, kept_buffers
 from larskit.rule import Lengths, weight_decay
@@ -103,7 +103,7 @@ class Group:
         self._gradient_dtype = gradients[0].dtype
         self._device = weights[0].device
         self._stream = _stream(self._device)
-        self.captured = foreach.is_capturing(self._device)
+        self.captured = layout.is_capturing(self._device)
         self._strides = _strides(self._written), _strides(gradients)
         self._places = _addresses(self._written)
         self._left: list[Any] | None = None  # the weights whose squares are known
@@ -116,7 +116,7 @@ class Group:
         blocks = [-(-size // kernels.BLOCK.value) for size in sizes]
         *firsts, self._blocks = accumulate(blocks, initial=0)
         rows += [sizes, firsts]
-        table = foreach.integers([x for row in rows for x in row], self._device)
+        table = layout.integers([x for row in rows for x in row], self._device)
         self._addresses = rows[kernels.G.value]
         self._table = table.view(len(rows), len(weights))
         every = torch.arange(self._blocks, device=self._device)
@@ -135,7 +135,7 @@ class Group:
 
         What is part of a CUDA graph stays as it was captured, for good.
         """
-        captures = foreach.is_capturing(self._device)
+        captures = layout.is_capturing(self._device)
         ours = not self.captured and _stream(self._device) == self._stream
         if not (
             (captures or ours)
@@ -149,7 +149,7 @@ class Group:
             if captures:
                 return False
             row = self._table[kernels.G.value]
-            row.copy_(foreach.integers(addresses, self._device))
+            row.copy_(layout.integers(addresses, self._device))
             self._addresses = addresses
         self.captured = captures
         self._gradients = gradients

@@ -1,0 +1,85 @@
+"""Triton's kernels, compiled for GPUs that need not be here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parent / "live" / "compiled.py"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Compile every kernel, in a process where Triton is not told to interpret."""
+    folder = tmp_path_factory.mktemp("triton")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
+    environment.pop("TRITON_INTERPRET")
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_every_target_and_variant_is_there(compiled):
+    assert {row["target"] for row in compiled} == {"cuda 80", "cuda 90", "hip gfx942"}
+    assert len(compiled) == 3 * 3 * 6
+
+
+def test_whole_blocks_are_read_and_written_in_vectors(compiled):
+    """Of 16 bytes: a thread has eight elements of each array."""
+    for row in compiled:
+        if not row["target"].startswith("cuda") or row["kernel"] == "finish":
+            continue
+        arrays = {"measure": 2, "move": 3 if row["keeps"] else 2}[row["kernel"]]
+        if row["kernel"] == "measure" and row["denominator"] == "momentum":
+            arrays += 1
+        vectors = sum(n for op, n in row["loads"].items() if ".v" in op)
+        assert vectors == sum(8 * size // 16 for size in row["bytes"][:arrays]), row
+
+
+def test_nothing_is_spilled(compiled):
+    for row in compiled:
+        if row["target"].startswith("cuda"):
+            assert row["local"] == 0, row
+            assert row["registers"] <= 128, row
+
+
+def test_what_is_rounded_is_rounded_to_nearest(compiled):
+    for row in compiled:
+        if row["target"].startswith("cuda"):
+            assert not {"fma", "ftz", "approx", "full"} & {*row["roundings"]}, row
+            assert row["kernel"] != "finish" or "rn" in row["roundings"], row
+
+
+def test_without_a_gpu_the_engine_says_so():
+    program = """
+import torch
+from larskit.engines import triton
+if torch.cuda.is_available():
+    print("there is a GPU")
+else:
+    print(triton.unavailable())
+    try:
+        triton.Group([torch.ones(2)], [torch.ones(2)], [None])
+    except RuntimeError as why:
+        print(why)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        check=True,
+    )
+    sentence = "there is no GPU that this PyTorch can use\n"
+    assert done.stdout in (2 * sentence, "there is a GPU\n")
