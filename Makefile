@@ -4,7 +4,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 SOURCES := .venv/modules pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 
-.PHONY: run test test-all environments matrix lint format bench bench-jax bench-sharded dist clean
+.PHONY: run test test-all test-gpu environments matrix lint format bench bench-jax bench-sharded bench-gpu dist clean
 
 run: .venv/app  ## the study that shows the point, then one full training
 	$(BIN)/larskit study --models convnet convnet-plain --optimizers sgd lars adamw \
@@ -17,6 +17,14 @@ test: .venv/dev environments  ## every test but the slow ones, offline
 
 test-all: .venv/dev environments  ## every test
 	PIP_NO_INDEX=1 $(BIN)/python -m pytest $(ARGS)
+
+test-gpu: .venv/dev  ## Triton's kernels on a real GPU, then under compute-sanitizer
+	LARSKIT_TEST_DEVICE=cuda $(BIN)/python -m pytest $(ARGS) tests/engines/test_agree.py \
+		tests/engines/test_triton.py tests/torch/test_triton.py tests/torch/test_gpu.py
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(BIN)/python tests/engines/live/small.py || exit 1; \
+	done
 
 environments: .venv/dev  ## those of seeds and peers, in the user's cache folder
 	$(BIN)/python tests/interop/environments.py
@@ -41,6 +49,9 @@ bench-jax: .venv/dev  ## one compiled step of JAX's optimizers
 
 bench-sharded: .venv/dev  ## one step over sharded layers in several processes, and what it sends
 	$(BIN)/python benchmarks/sharded.py $(ARGS)
+
+bench-gpu: .venv/dev  ## one step of every optimizer on a GPU; ARGS=--dry-run needs none
+	$(BIN)/python benchmarks/gpu_step.py $(ARGS)
 
 dist: .venv/dev  ## sdist, and the wheel from it, tried in an environment of its own
 	rm -rf dist

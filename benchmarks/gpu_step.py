@@ -7,32 +7,32 @@ On one GPU, in less than eight minutes::
     .venv/bin/python benchmarks/gpu_step.py --dry-run
 
 The peers are those of the Python that runs this. A row whose package is missing, or
-that fails, says so in the table. A dry run goes the same way on the CPU in a minute or
-two, with tiny shapes, Triton's interpreter and no CUDA graphs. What it says of the time
-means nothing, so that it writes no files.
+that fails, says so in the table. Where Triton's kernels cannot run, "larskit LARS" is
+our foreach engine, and the row with carried norms says why. A dry run goes the same way
+on the CPU in a minute or two, with tiny shapes, Triton's interpreter and no CUDA
+graphs. What it says of the time means nothing, so that it writes no files.
 
 Each row is measured beside ``torch.optim.SGD(fused=True)``: both take turns, in an
 order of their own in each round, for the row's share of the ``--seconds`` of a model.
-The table gives the medians, and the ratios to the yardstick of the same round; that of
-the yardstick's own row is what noise does. A turn is many steps, enqueued one after the
-other and each between two CUDA events, of which the median counts. So a step that the
-host takes longer to enqueue than the GPU to do has the host's time. As a CUDA graph the
-same step is replayed, and compared with the replayed yardstick. A step that waits for
-the device cannot be captured. JAX's rows are compiled, with weights and state donated,
-and have no events: a turn is a chain of steps with one wait at its end, divided by
-their number.
+The table gives the medians, and the ratios to this yardstick in the same round; its own
+row shows what noise does. A turn is many steps, enqueued one after the other and each
+between two CUDA events, of which the median counts. So a step that the host takes
+longer to enqueue than the GPU to do has the host's time. As a CUDA graph the same step
+is replayed, beside a replayed yardstick; a step that waits for the device cannot be
+captured. JAX's rows are compiled, with weights and state donated, and have no events: a
+turn is a chain of steps with one wait at its end, divided by their number.
 
 All rows of a model step the same weights along the same gradients, at a rate so small
 that the weights stay what they are. Only the state is a row's own, and given back after
-its measurement, which is why 1.3 billion float32 parameters need 80 GB and not 200.
-Some peers write into the gradients: these are restored before each of their steps,
-outside of what is timed, which hides a little of the host's time, in their favour.
+its measurement, so that 1.3 billion float32 parameters should fit in 80 GB. Some peers
+write into the gradients: these are restored before each of their steps, outside of what
+is timed, which hides a little of the host's time, in their favour.
 
 The speed is that of the passes over the parameters that a row needs at least (see
-`rows.Row.passes`), as a share of what a large copy reads and writes. Nothing is flushed
-from the caches between steps. A model whose weights, gradients and state fit in the L2
-cache stays there, and can be faster than a copy; of a larger one the cache holds what
-was touched last.
+`rows.Row`), as a share of what a large copy reads and writes. Nothing is flushed from
+the caches between steps. A model whose weights, gradients and state fit in the L2 cache
+stays there, and can be faster than a copy; of a larger one the cache holds what was
+touched last.
 
 Written to ``benchmarks/results`` after each model: ``gpu.md`` and ``gpu.json``.
 """
@@ -52,9 +52,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-DRY_RUN = "--dry-run"
-if DRY_RUN in sys.argv:  # before Triton is imported, which torch does at times
-    os.environ["TRITON_INTERPRET"] = "1"
+# Before Triton is imported, as some parts of torch do.
+os.environ["TRITON_INTERPRET"] = "1" if "--dry-run" in sys.argv else "0"
 
 import numpy as np
 import torch
@@ -83,6 +82,7 @@ OF_COPY = {VIT_L: 0.85}
 TIMES_FASTER = {RESNET: 5.0}  # than the fastest peer's LARS
 
 Params = list[Tensor]
+Step = Callable[[], Any]
 Clock = Callable[[int], list[float]]  # takes so many steps, returns seconds of a step
 Figures = dict[str, Any]
 
@@ -112,7 +112,7 @@ class Row:
     writes: bool = False
 
 
-def sgd(params: Params, capturable: bool, **switch: bool) -> Any:
+def sgd(params: Params, _: bool, **switch: bool) -> Any:
     return torch.optim.SGD(params, LR, **SGD, **switch)
 
 
@@ -161,7 +161,7 @@ ROWS = {
 }
 
 
-def on_gpu(step: Callable[[], Any], before: Callable[[], Any], count: int) -> Any:
+def on_gpu(step: Step, before: Step, count: int) -> list[float]:
     """Return the seconds of each of so many steps, by CUDA events."""
     pairs = [
         [torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)
@@ -175,7 +175,7 @@ def on_gpu(step: Callable[[], Any], before: Callable[[], Any], count: int) -> An
     return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
-def on_host(step: Callable[[], Any], before: Callable[[], Any], count: int) -> Any:
+def on_host(step: Step, before: Step, count: int) -> list[float]:
     """Return the seconds of each of so many steps, by the host's clock."""
     times = []
     for _ in range(count):
@@ -253,7 +253,7 @@ class Model:
 class Replay:
     """A step as a CUDA graph; it keeps alive what the graph works on."""
 
-    def __init__(self, step: Callable[[], Any]) -> None:
+    def __init__(self, step: Step) -> None:
         """Warm up on a side stream, as a capture demands, and capture the step."""
         self._step, self._graph = step, torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
@@ -281,7 +281,6 @@ class Replay:
 
 def torch_clock(row: Row, model: Model, mode: str, run: Run) -> Clock:
     """Return the clock of an optimizer of torch, warmed up."""
-    model.restore()
     optimizer = row.make(model.params, mode == GRAPH)
     for group in optimizer.param_groups:
         group["lr"] = LR
@@ -299,8 +298,6 @@ def jax_clock(row: Row, model: Model, run: Run) -> Clock:
 
     if run.device == "cuda" and jax.default_backend() != "gpu":
         raise RuntimeError(f"JAX sees no GPU, only {jax.devices()}")
-    model.restore()
-    release()
     grads = [jnp.from_dlpack(g) for g in model.grads]
     params = [jnp.array(jnp.from_dlpack(w), copy=True) for w in model.params]
     init, step = transformed(row.make())
@@ -319,6 +316,15 @@ def jax_clock(row: Row, model: Model, run: Run) -> Clock:
 
     clock(WARM_UP)
     return clock
+
+
+def clock_of(row: Row, model: Model, mode: str, run: Run) -> Clock:
+    """Make a row ready to be timed."""
+    model.restore()
+    if row.jax:
+        release()  # what torch holds, and once it is through
+        return jax_clock(row, model, run)
+    return torch_clock(row, model, mode, run)
 
 
 def release() -> None:
@@ -348,6 +354,7 @@ class Measured:
 def measure(shapes: Shapes, names: list[str], run: Run) -> Measured:
     """Measure each row beside the yardstick, in its share of the time."""
     end = time.monotonic() + run.seconds
+    release()
     copy, model = run.copy_speed(), Model(shapes, run)
     found = Measured(model.size, copy, {name: {} for name in names})
     entries = [
@@ -359,22 +366,17 @@ def measure(shapes: Shapes, names: list[str], run: Run) -> Measured:
             continue
         now = time.monotonic()
         until = now + (end - now) / (len(entries) - i)
-        row = ROWS[name]
         try:
             release()
             if mode not in yardsticks:
-                yardsticks[mode] = torch_clock(ROWS[BASELINE], model, mode, run)
-            clock = (
-                jax_clock(row, model, run)
-                if row.jax
-                else torch_clock(row, model, mode, run)
-            )
+                yardsticks[mode] = clock_of(ROWS[BASELINE], model, mode, run)
+            clock = clock_of(ROWS[name], model, mode, run)
             figures = compare(clock, yardsticks[mode], run, until)
-            del clock
-            speed = row.passes * model.size / figures["median_ms"] * 1e3
+            speed = ROWS[name].passes * model.size / figures["median_ms"] * 1e3
             found.rows[name][mode] = {**figures, "of_copy": speed / copy}
         except Exception as why:
             found.rows[name][mode] = {"failed": reason(why)}
+        clock = None  # and the state of the row with it
     return found
 
 
@@ -409,11 +411,12 @@ def reason(why: BaseException) -> str:
 
 def table(title: str, found: Measured) -> str:
     """Return the figures in Markdown."""
-    columns = "against fused SGD | 10 % to 90 % | of a copy's speed"
+    figures = "10 % to 90 % | of a copy's speed"
     lines = [
         f"### {title}: {found.size / 1e6:,.4g} MB of parameters",
         "",
-        f"| optimizer | step | {columns} | as a CUDA graph | {columns} |",
+        f"| optimizer | step | against fused SGD | {figures} "
+        f"| as a CUDA graph | against its graph | {figures} |",
         "|---|" + "---:|" * 8,
     ]
     for name in sorted(found.rows, key=lambda name: _order(found, name)):
@@ -476,22 +479,30 @@ def described(args: argparse.Namespace) -> dict[str, Any]:
             "GPU": gpu.name,
             "GPU memory": f"{gpu.total_memory / 1e9:.0f} GB",
             "L2 cache": f"{gpu.L2_cache_size / 2**20:.0f} MiB",
-            "CUDA": torch.version.cuda,
         }
-    found = versions([*PACKAGES[1:], "triton"])
-    about |= {"CPU": model_name(), **found, "dtype": args.dtype}
-    return about
+    found = versions([*PACKAGES, "triton"])
+    return {**about, "CPU": model_name(), **found, "dtype": args.dtype}
 
 
-def write(results: dict[str, Measured], said: list[str], out: Path, about: Any) -> None:
+def sentence(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in facts.items()) + "."
+
+
+def write(results: dict[str, Measured], said: list[str], out: Path, facts: Any) -> None:
     """Write what was found so far as Markdown and JSON."""
     out.mkdir(parents=True, exist_ok=True)
-    facts = ", ".join(f"{key}: {value}" for key, value in about.items()) + "."
     tables = [table(*item) for item in results.items()]
-    page = [facts, *tables, "### Figures to reach", "\n".join(said)]
+    page = [sentence(facts), *tables, "### Figures to reach", "\n".join(said)]
     (out / "gpu.md").write_text("\n\n".join(page) + "\n")
-    shapes = {title: vars(found) for title, found in results.items()}
-    numbers = {**about, "shapes": shapes, "figures to reach": said}
+    shapes = {
+        title: {
+            "MB": found.size / 1e6,
+            "copy_GB_per_s": found.copy / 1e9,
+            "rows": found.rows,
+        }
+        for title, found in results.items()
+    }
+    numbers = {**facts, "shapes": shapes, "figures to reach": said}
     (out / "gpu.json").write_text(json.dumps(numbers, indent=1) + "\n")
 
 
@@ -505,21 +516,20 @@ def run_all(args: argparse.Namespace, names: list[str]) -> None:
         run = Run(dtype, args.seconds)
         cache = torch.cuda.get_device_properties(0).L2_cache_size
     about, results, said = described(args), {}, []
+    facts: dict[str, Any] = {}
     start, before = time.monotonic(), cpu_seconds()
     for title in args.shapes:
         shapes = MODELS[title]()
         found = measure(tiny(shapes) if args.dry_run else shapes, names, run)
-        release()
         results[title] = found
         for mode in run.modes:
             said += verdicts(title, found, mode, cache)
         took = time.monotonic() - start
-        about |= load(before, took)
+        facts = {**about, **load(before, took)}
         print(f"\n{table(title, found)}\n\nAfter {took:.0f} s.", flush=True)
         if not args.dry_run:
-            write(results, said, args.out, about)
-    facts = ", ".join(f"{key}: {value}" for key, value in about.items()) + "."
-    print("\n### Figures to reach\n", *said, "", facts, sep="\n")
+            write(results, said, args.out, facts)
+    print("\n### Figures to reach\n", *said, "", sentence(facts), sep="\n")
 
 
 def load(before: tuple[float, float], seconds: float) -> dict[str, Any]:
@@ -542,7 +552,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=70.0, help="for each model")
     parser.add_argument("--shapes", nargs="+", choices=MODELS, default=[*MODELS])
     parser.add_argument("--rows", nargs="+", help="parts of their names")
-    parser.add_argument(DRY_RUN, action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     patterns = [pattern.lower() for pattern in args.rows or [""]]

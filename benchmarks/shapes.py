@@ -8,7 +8,7 @@ from rows import Shapes
 from larskit.app.models import build
 
 RESNET, VIT, SMALL = "ResNet-50", "ViT-B/16", "100 x (64x64 + 64)"
-VIT_L, GPT = "ViT-L/16", "GPT, 1.3B"
+VIT_L, GPT = "ViT-L/16", "GPT 1.3B"
 
 
 def _resnet50() -> Shapes:

@@ -51,12 +51,17 @@ def bare(tmp_path):
 
 
 def test_everything_is_there():
-    table = doctor(*COMMAND, OMP_NUM_THREADS="1", LARSKIT_NUM_THREADS="3")
+    table = doctor(
+        *COMMAND, OMP_NUM_THREADS="1", LARSKIT_NUM_THREADS="3", TRITON_INTERPRET="1"
+    )
     assert table["larskit"] == __version__
     assert sys.executable in table["Python"]
     for engine in ("reference", "foreach", "native"):
         assert table[f"engine {engine}"] == "available"
     assert table["kernel"] == _native.variant()
+    assert table["engine triton"] == "available"
+    assert table["GPU"].startswith("none: TRITON_INTERPRET=1 has")
+    assert table["triton"] == metadata.version("triton")
     assert table["threads"] == "3 for NumPy arrays, 1 for torch tensors"
     assert table["numpy"].startswith(f"{np.__version__} (needs >=")
     assert table["torch"].startswith(f"{torch.__version__} (needs >=")
@@ -65,11 +70,20 @@ def test_everything_is_there():
     assert "chainer" not in table
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_there_is_no_gpu():
+    table = doctor(*COMMAND, TRITON_INTERPRET="0")
+    why = "not available: this PyTorch was built for the CPU alone"
+    assert table["engine triton"] in (why, "not available: PyTorch finds no GPU")
+    assert "GPU" not in table
+
+
 def test_nothing_but_the_core_is_there(bare):
     table = doctor("-S", *COMMAND, PYTHONPATH=str(bare))
     assert table["larskit"] == __version__
     assert table["engine reference"] == "available"
     assert table["engine foreach"] == "not available: torch is not installed"
+    assert table["engine triton"] == "not available: torch is not installed"
     assert table["engine native"].startswith(
         "not available: larskit was installed without its C++ kernel (cannot import"
     )

@@ -1,4 +1,4 @@
-"""What ``larskit doctor`` prints: the kernel, the engines, the packages.
+"""What ``larskit doctor`` prints: the kernels, the engines, the packages.
 
 An engine is imported, and its framework with it, since nothing else tells exactly why
 it cannot run; of every other package only the version is read.
@@ -15,6 +15,7 @@ from larskit import engines
 
 _FRAMEWORKS = (
     "brainpy", "chainer", "cupy", "flax", "ivy", "optax", "paddle", "tensorflow",
+    "triton",
 )  # fmt: skip
 
 Row = tuple[str, str]
@@ -22,7 +23,7 @@ Row = tuple[str, str]
 
 def report() -> str:
     """Return the table, one fact a line."""
-    rows = [*_machine(), *_engines(), *_kernel(), *_required(), *_others()]
+    rows = [*_machine(), *_engines(), *_kernel(), *_gpus(), *_required(), *_others()]
     width = max(len(what) for what, _ in rows)
     return "\n".join(f"{what:{width}}  {' '.join(fact.split())}" for what, fact in rows)
 
@@ -64,6 +65,23 @@ def _kernel() -> Iterator[Row]:
     if torch := sys.modules.get("torch"):
         threads += f", {native.threads(torch.empty(0))} for torch tensors"
     yield "threads", threads
+
+
+def _gpus() -> Iterator[Row]:
+    """Yield the devices that Triton's kernels run on."""
+    if _unavailable("triton"):
+        return
+    import torch
+
+    from larskit.engines import triton
+
+    if triton.INTERPRETED:
+        yield "GPU", "none: TRITON_INTERPRET=1 has Triton run its kernels on the CPU"
+        return
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = f"{device.total_memory / 2**30:.0f} GiB"
+        yield f"GPU {index}", f"{device.name}, {device.major}.{device.minor}, {memory}"
 
 
 def _required() -> Iterator[Row]:

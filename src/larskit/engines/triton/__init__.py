@@ -6,6 +6,12 @@ the reference but for a rounding of the last place, and the same from run to run
 kernels on CPU tensors.
 """
 
-from larskit.engines.triton.group import Group, lengths, step_, unavailable
+from larskit.engines.triton.group import (
+    INTERPRETED,
+    Group,
+    lengths,
+    step_,
+    unavailable,
+)
 
-__all__ = ["Group", "lengths", "step_", "unavailable"]
+__all__ = ["INTERPRETED", "Group", "lengths", "step_", "unavailable"]

@@ -29,14 +29,16 @@ _DTYPES = {
 }
 _FLAGS = ("nesterov", "clip", "adapt", "maximize", "zero_guard")
 _WARPS = 8
-_INTERPRETED = not isinstance(kernels.move, triton.JITFunction)
+INTERPRETED = not isinstance(kernels.move, triton.JITFunction)
 
 
 def unavailable() -> str | None:
     """Say why this engine cannot run at all; None where it can."""
-    if _INTERPRETED or torch.cuda.is_available():
+    if INTERPRETED or torch.cuda.is_available():
         return None
-    return "there is no GPU that this PyTorch can use"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this PyTorch was built for the CPU alone"
+    return "PyTorch finds no GPU"
 
 
 def lengths(arrays: Sequence[Tensor]) -> Tensor:
@@ -212,7 +214,7 @@ class Group:
 
         The step is still to be taken.
         """
-        arguments = self._arguments(0.0, config, scale)
+        arguments = self._arguments(None, config, scale)
         how = self._variant(config, scale)
         with _current(self._device):
             _launch(kernels.measure, self._blocks, *arguments, how)
@@ -241,13 +243,14 @@ class Group:
         values = {**vars(config), "lr": lr, "weight_decay": weight_decay(config)}
         for i, name in enumerate(kernels.NUMBERS):
             value = values[name]
-            if not isinstance(value, Tensor):
-                if value != self._held[i]:
-                    self._numbers[i].fill_(value)
-                    self._held[i] = value
-            elif value is not lr:
+            if value is None or (name == "lr" and isinstance(lr, Tensor)):
+                continue
+            if isinstance(value, Tensor):
                 self._numbers[i].copy_(value.view(()))
                 self._held[i] = None
+            elif value != self._held[i]:
+                self._numbers[i].fill_(value)
+                self._held[i] = value
         return (
             self._table,
             self._owners,
@@ -299,7 +302,7 @@ def _check(weights: Any, gradients: Any, buffers: Any, new_buffers: Any) -> None
     if why := unavailable():
         raise Unfit(why)
     device = weights[0].device
-    if device.type != ("cpu" if _INTERPRETED else "cuda"):
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
         raise Unfit(f"weight 0 is on the device {device}")
     w_dtype, g_dtype = dtype_name(weights[0]), dtype_name(gradients[0])
     if not {w_dtype, g_dtype} <= {*_DTYPES} or (
