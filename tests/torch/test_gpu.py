@@ -118,14 +118,15 @@ def test_a_whole_training_step_is_captured():
             o.step()
 
         warm(lambda train=train: [train() for _ in range(3)])
+        again: Any = train
         if captured:
             graph = torch.cuda.CUDAGraph()
             o.zero_grad(set_to_none=True)
             with torch.cuda.graph(graph):
                 train()
-            train = graph.replay
+            again = graph.replay
         for _ in range(4):
-            train()
+            again()
         found.append([p.detach() for p in model.parameters()])
     close(*found)
 

@@ -75,7 +75,7 @@ def test_it_steps_as_the_reference(options):
             o.step()
         fused = [isinstance(engine, triton.Group) for engine in engines(o)]
         assert all(fused) == (not engine)
-        found.append([*tensors(params, o), *flat(o.lengths())])
+        found.append([*tensors(params, o), *flat(dict(sorted(o.lengths().items())))])
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
@@ -123,7 +123,23 @@ def test_without_triton_it_says_so(monkeypatch):
         LARS(params, 0.5, fused=True).step()
     o = LARS(params, 0.5)
     o.step()
-    assert engines(o) == [foreach, foreach]
+    assert engines(o) == [foreach, foreach]  # adapted layers, and the others
+
+
+def test_layers_that_are_adapted_and_others_share_the_kernels():
+    names = ["a", "b", "c", "d"]
+    found = []
+    for fused in (True, False):
+        params = layers()
+        options: Any = {"adapt": ["a", "b"], "decay": ["b", "c"], "weight_decay": 0.5}
+        named = list(zip(names, params, strict=True))
+        o = LARS(named, 0.5, fused=fused, trust_coefficient=0.1, **options)
+        for step in range(3):
+            give(params, step)
+            o.step()
+        found.append([*tensors(params, o), *flat(dict(sorted(o.lengths().items())))])
+        assert len(engines(o)) == (1 if fused else 4)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
 def test_the_cpu_has_its_own_engine(monkeypatch):

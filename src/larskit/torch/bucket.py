@@ -1,6 +1,7 @@
 """Layers that one engine steps together, and the choice of that engine."""
 
 from dataclasses import replace
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -28,18 +29,29 @@ class Kind(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     grad_dtype: torch.dtype
-    adapt: bool
-    decay: bool
+    adapt: bool | None  # None: some are, some are not
+    decay: bool | None
     sharded: bool
     master: bool  # whether float32 weights are kept beside the narrow ones
 
 
 def kind_of(index: int, group: dict[str, Any], row: int, p: Any) -> Kind:
     """Return the kind of a parameter that has a gradient."""
-    adapt, decay = (is_selected(group, name, row) for name in PER_LAYER)
-    flags = adapt, decay, is_sharded(p)
+    mixed = p.device.type == GPU and _fuses(group, p.device)
+    adapt, decay = (
+        None if mixed else is_selected(group, name, row) for name in PER_LAYER
+    )
     master = group["master_weights"] and p.dtype in NARROW
-    return Kind(index, p.device, p.dtype, p.grad.dtype, *flags, master)
+    dtypes = p.dtype, p.grad.dtype
+    return Kind(index, p.device, *dtypes, adapt, decay, is_sharded(p), master)
+
+
+def _fuses(group: dict[str, Any], device: torch.device) -> bool:
+    """Whether a fused engine is to be tried."""
+    if group["fused"] is not None:
+        return group["fused"]
+    on_host = group["capturable"] and device.type != GPU
+    return group["foreach"] is None and not (on_host or group["differentiable"])
 
 
 def is_selected(group: dict[str, Any], name: str, row: int) -> bool:
@@ -60,6 +72,11 @@ def has_momentum(group: dict[str, Any]) -> bool:
     return not is_zero(group["momentum"])
 
 
+_COLUMNS = (
+    "names", "params", "_grads", "_locals", "_weights", "_buffers", "_former", "_flags",
+)  # fmt: skip
+
+
 class Bucket:
     """Layers of one kind, and what a step measured of them."""
 
@@ -75,7 +92,8 @@ class Bucket:
         self._weights: list[Tensor] = []  # what moves: those, or their masters
         self._buffers: list[Tensor | None] = []
         self._former: list[Tensor | None] = []  # the buffers before the step
-        self._stored: list[tuple[dict[str, Any], str, Any]] = []
+        self._flags: list[Any] = []  # whether each layer is adapted, and decayed
+        self._stored: list[list[Any]] = [[], [], []]  # states, their keys and values
         self._versions: list[int] = []
         self._engine: Any = None
         self._fused: Any = None  # a group of the native engine, or of Triton's
@@ -84,11 +102,14 @@ class Bucket:
         self._config: Any = None
         self._found: Lengths | None = None
 
-    def add(self, name: str, p: Any, state: dict[str, Any], written: Any) -> None:
-        """Take a parameter in, with its state.
+    def add(
+        self, group: dict[str, Any], row: int, name: str, state: Any, written: Any
+    ) -> None:
+        """Take a parameter of a group in, with its state.
 
         `written` is the version of the parameter when its master was written last.
         """
+        p = group["params"][row]
         local, buffer = self._local(p), self._local(state.get(MOMENTUM))
         w = local
         if self.kind.master:
@@ -101,6 +122,7 @@ class Bucket:
         self._weights.append(w)
         self._buffers.append(buffer)
         self._former.append(buffer)
+        self._flags.append([is_selected(group, name, row) for name in PER_LAYER])
 
     def _local(self, x: Any) -> Any:
         return x.to_local() if self.kind.sharded and x is not None else x
@@ -112,26 +134,45 @@ class Bucket:
 
         return dtensor.shard(p.grad, p)
 
-    def choose_engine(self, group: dict[str, Any], former: "list[Bucket]") -> None:
-        """Choose as the group's switches say; `former` buckets may know lengths."""
+    def choose_engine(
+        self, group: dict[str, Any], former: "list[Bucket]"
+    ) -> "list[Bucket]":
+        """Choose as the group's switches say, and return what is to step then.
+
+        That is this bucket, or parts of it. `former` buckets may know lengths.
+        """
         self._check_switches(group)
-        foreach, fused, carry = (group[name] for name in SWITCHES[:3])
-        on_host = group["capturable"] and not self._on_gpu
-        free = foreach is None and not (on_host or group["differentiable"])
-        if fused or (fused is None and free):
+        if _fuses(group, self.kind.device):
             try:
-                self._fuse(has_momentum(group), former if carry else [])
-                return
+                self._fuse(has_momentum(group), former if group["carry_norms"] else [])
+                return [self]
             except Unfit as why:
-                if fused or carry:
-                    demand = "fused=True" if fused else "carry_norms=True"
-                    raise RuntimeError(
-                        f"{demand}, but {why}: leave it away to take another engine"
-                    ) from None
+                for switch in ("fused", "carry_norms"):
+                    if group[switch]:
+                        raise RuntimeError(
+                            f"{switch}=True, but {why}: leave it away to take another "
+                            "engine"
+                        ) from None
+        parts: list[Bucket] = self._parts() if self.kind.adapt is None else [self]
+        for part in parts:
+            part._choose_plain(group["foreach"])
+        return parts
+
+    def _choose_plain(self, foreach: bool | None) -> None:
         plain = {torch.Tensor, torch.nn.Parameter}
         if foreach is None:
             foreach = all(type(w) in plain for w in self._weights)
         self._engine = _foreach if foreach else _reference
+
+    def _parts(self) -> "list[Bucket]":
+        """Part layers that are adapted, or decayed, from those that are not."""
+        parts = {}
+        for i, (adapt, decay) in enumerate(self._flags):
+            kind = self.kind._replace(adapt=adapt, decay=decay)
+            part = parts.setdefault(kind, Bucket(kind))
+            for name in _COLUMNS:
+                getattr(part, name).append(getattr(self, name)[i])
+        return list(parts.values())
 
     @property
     def _on_gpu(self) -> bool:
@@ -186,7 +227,10 @@ class Bucket:
         kept = kept_buffers(self._weights, self._buffers, keep)
         columns = self._weights, self._grads, self._buffers
         if self._on_gpu:
-            self._fused = _triton().Group(*columns, new_buffers=kept)
+            adapt, decay = zip(*self._flags, strict=True)
+            self._fused = _triton().Group(
+                *columns, new_buffers=kept, adapt=adapt, decay=decay
+            )
         else:
             self._fused = _native.Group(*columns, new_buffers=kept)
             self._fused.remember()
@@ -204,9 +248,9 @@ class Bucket:
             return False
         if self.kind.master and self.versions() != self._versions:
             return False
-        return self._fused.aim(self._grads) and all(
-            state.get(key) is value for state, key, value in self._stored
-        )
+        states, keys, values = self._stored
+        as_before = all(map(is_, map(dict.get, states, keys), values))
+        return as_before and self._fused.aim(self._grads)
 
     @property
     def captured(self) -> bool:
@@ -240,7 +284,7 @@ class Bucket:
             if isinstance(x, Tensor) and x.device != device
         }
         self._given = None if moved else config  # what lies elsewhere can change there
-        flags = {"adapt": self.kind.adapt, "decay": self.kind.decay}
+        flags = {name: getattr(self.kind, name) is not False for name in PER_LAYER}
         self._config = replace(config, **flags, **moved)
 
     def unscale(self, scale: Tensor | None) -> None:
@@ -279,9 +323,7 @@ class Bucket:
             permitted = bool(permitted)
         if permitted is False:
             self.measure()
-            w_norms, q = self.norms
-            ratios = rule.trust_ratio(w_norms, q, lr, self._config)
-            self._found = Lengths(w_norms, q, ratios)
+            self._found = self._rated(lr)
         elif group["differentiable"]:
             self._move_in_graph(lr, has_momentum(group))
         elif permitted is True:
@@ -292,6 +334,13 @@ class Bucket:
         self._grads = []
         if permitted is not False:
             self._store(state)
+
+    def _rated(self, lr: Any) -> Lengths:
+        """Return the lengths and ratios of a step that is not taken."""
+        if self._fused is not None and self._on_gpu:
+            return self._fused.rated(lr, self._config, self.norms)
+        w_norms, q = self.norms
+        return Lengths(w_norms, q, rule.trust_ratio(w_norms, q, lr, self._config))
 
     def _move(self, lr: Any, carry: bool = False, **options: Any) -> None:
         if self._fused is not None:
@@ -335,7 +384,7 @@ class Bucket:
         """Keep the buffers in the optimizer's state, unless they are there."""
         self._versions = self.versions() if self.kind.master else []
         self._former = self._buffers
-        if self._stored:
+        if self._stored[0]:
             return
         for p, w, v in zip(self.params, self._weights, self._buffers, strict=True):
             if MASTER in state.get(p, ()) and not self.kind.master:
@@ -344,7 +393,9 @@ class Bucket:
             for key, x in kept.items():
                 if x is not None:
                     state[p][key] = self._like(p, x)
-                    self._stored.append((state[p], key, state[p][key]))
+                    row = state[p], key, state[p][key]
+                    for column, value in zip(self._stored, row, strict=True):
+                        column.append(value)
 
     def _like(self, p: Any, x: Tensor) -> Tensor:
         """Return what belongs to a parameter as a tensor of its own kind."""

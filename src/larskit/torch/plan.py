@@ -197,11 +197,14 @@ class Plan:
                 if kind not in buckets:
                     buckets[kind] = Bucket(kind)
                 kept = state.get(p, _NOTHING)
-                buckets[kind].add(name, p, kept, self._written.get(p))
-        for bucket in buckets.values():
-            bucket.choose_engine(groups[bucket.kind.group], self._buckets)
+                buckets[kind].add(group, row, name, kept, self._written.get(p))
+        sorted_buckets = [
+            part
+            for bucket in buckets.values()
+            for part in bucket.choose_engine(groups[bucket.kind.group], self._buckets)
+        ]
         self._captured += [bucket for bucket in self._buckets if bucket.captured]
-        self._buckets, self._idle = list(buckets.values()), idle
+        self._buckets, self._idle = sorted_buckets, idle
         self._params = [p for group in groups for p in group["params"]]
         self._gather_sharded()
         self._switches = [_switches(group) for group in groups]

@@ -79,6 +79,9 @@ class Group:
         The momentum buffers; None for a layer without one.
     new_buffers : sequence of Tensor or None, optional
         Receive the new buffers. Default: the buffers do.
+    adapt, decay : sequence of bool, optional
+        Which layers are adapted and decayed, where a configuration says that any are.
+        Default: all.
 
     Raises
     ------
@@ -92,6 +95,9 @@ class Group:
         gradients: Sequence[Tensor],
         buffers: Sequence[Any],
         new_buffers: Sequence[Any] | None = None,
+        *,
+        adapt: Sequence[bool] | None = None,
+        decay: Sequence[bool] | None = None,
     ) -> None:
         """Check the tensors, and write where they lie into the tables."""
         new_buffers = buffers if new_buffers is None else new_buffers
@@ -106,18 +112,20 @@ class Group:
         self._device = weights[0].device
         self._stream = _stream(self._device)
         self.captured = layout.is_capturing(self._device)
-        self._strides = _strides(self._written), _strides(gradients)
+        self._strides = _strides(self._weights), _strides(gradients)
         self._places = _addresses(self._written)
         self._left: list[Any] | None = None  # the weights whose squares are known
-        self._make_tables(weights, gradients, buffers, new_buffers)
+        columns = weights, gradients, buffers, new_buffers
+        flags = [x or [True] * len(weights) for x in (adapt, decay)]
+        self._make_tables(columns, flags)
 
-    def _make_tables(self, *columns: Sequence[Any]) -> None:
+    def _make_tables(self, columns: Sequence[Any], flags: Sequence[Any]) -> None:
         weights = columns[0]
         rows = [[address(x) for x in column] for column in columns]
         sizes = [w.numel() * (2 if w.is_complex() else 1) for w in weights]
         blocks = [-(-size // kernels.BLOCK.value) for size in sizes]
         *firsts, self._blocks = accumulate(blocks, initial=0)
-        rows += [sizes, firsts]
+        rows += [sizes, firsts, *flags]
         table = layout.integers([x for row in rows for x in row], self._device)
         self._addresses = rows[kernels.G.value]
         self._table = table.view(len(rows), len(weights))
@@ -126,7 +134,7 @@ class Group:
         self._owners = torch.searchsorted(firsts, every, right=True).sub_(1)
         self._sums = self._empty(2, self._blocks)
         self._lengths = self._empty(3, len(weights))
-        self._numbers = self._empty(len(kernels.NUMBERS))
+        self._numbers = self._empty(len(kernels.NUMBERS)).zero_()
         self._held: list[Any] = [None] * len(kernels.NUMBERS)
 
     def _empty(self, *shape: int) -> Tensor:
@@ -142,7 +150,7 @@ class Group:
         if not (
             (captures or ours)
             and _are_plain(gradients, self._gradient_dtype)
-            and (_strides(self._written), _strides(gradients)) == self._strides
+            and (_strides(self._weights), _strides(gradients)) == self._strides
             and _addresses(self._written) == self._places
         ):
             return False
@@ -194,13 +202,7 @@ class Group:
                 v.zero_()
             self._begin()
         with _current(self._device):
-            if norms is None:
-                _launch(kernels.measure, self._blocks, *arguments, how)
-            else:
-                for own, given in zip(self._lengths, norms, strict=False):
-                    own.copy_(given)
-            given = norms is not None
-            _launch(kernels.finish, len(self._weights), *arguments, how, given)
+            self._rate(arguments, how, norms)
             _launch(kernels.move, self._blocks, *arguments, how)
         self._begin()
         self._gradients = []
@@ -217,9 +219,26 @@ class Group:
         arguments = self._arguments(None, config, scale)
         how = self._variant(config, scale)
         with _current(self._device):
-            _launch(kernels.measure, self._blocks, *arguments, how)
-            _launch(kernels.finish, len(self._weights), *arguments, how, False)
+            self._rate(arguments, how)
         return self._lengths[0], self._lengths[1]
+
+    def rated(self, lr: Any, config: Config, norms: tuple[Tensor, Tensor]) -> Lengths:
+        """Return the trust ratios of a step that is not taken, to given lengths."""
+        arguments = self._arguments(lr, config)
+        with _current(self._device):
+            self._rate(arguments, self._variant(config), norms)
+        return self.lengths
+
+    def _rate(
+        self, arguments: Any, how: kernels.Variant, norms: Any | None = None
+    ) -> None:
+        if norms is None:
+            _launch(kernels.measure, self._blocks, *arguments, how)
+        else:
+            for own, given in zip(self._lengths, norms, strict=False):
+                own.copy_(given)
+        given = norms is not None
+        _launch(kernels.finish, len(self._weights), *arguments, how, given)
 
     @property
     def lengths(self) -> Lengths:
@@ -243,8 +262,8 @@ class Group:
         values = {**vars(config), "lr": lr, "weight_decay": weight_decay(config)}
         for i, name in enumerate(kernels.NUMBERS):
             value = values[name]
-            if value is None or (name == "lr" and isinstance(lr, Tensor)):
-                continue
+            if value is None or (value is lr and isinstance(lr, Tensor)):
+                continue  # not asked for, or read where it is
             if isinstance(value, Tensor):
                 self._numbers[i].copy_(value.view(()))
                 self._held[i] = None

@@ -18,8 +18,8 @@ BLOCK = tl.constexpr(2048)  # elements that one program measures or moves
 _FOLD = tl.constexpr(2048)  # sums of blocks that are added at a time
 
 # The table of layers: addresses (that of v is 0 where there is none yet), the number of
-# elements, the first block.
-W, G, V, NEW_V, SIZE, FIRST = (tl.constexpr(i) for i in range(6))
+# elements, the first block, whether it is adapted, and decayed.
+W, G, V, NEW_V, SIZE, FIRST, ADAPT, DECAY = (tl.constexpr(i) for i in range(8))
 
 # The table of hyper-parameters.
 NUMBERS = (
@@ -48,10 +48,10 @@ class Variant:
     inside: bool
     nesterov: bool
     clip: bool
-    adapt: bool
+    adapt: bool  # whether any layer is
     maximize: bool
     zero_guard: bool
-    decays: bool
+    decays: bool  # whether any layer is
     keeps: bool  # whether there are momentum buffers
     scaled: bool  # whether the gradients are divided by the scale of a loss
     asks: bool  # whether a flag says if to move at all
@@ -87,7 +87,7 @@ def _number(numbers, place, x):
 
 
 @triton.jit
-def _descended(w, g, numbers, scale, HOW: tl.constexpr):
+def _descended(w, g, decay, numbers, scale, HOW: tl.constexpr):
     """Return the gradient without the scale of the loss, and what to descend along."""
     if HOW.scaled:  # in the steps of torch's GradScaler
         g *= (1.0 / tl.load(scale).to(tl.float64)).to(tl.float32).to(HOW.wide)
@@ -95,7 +95,7 @@ def _descended(w, g, numbers, scale, HOW: tl.constexpr):
     if HOW.maximize:
         u = -u
     if HOW.decays:
-        u += _number(numbers, _WD, w) * w
+        u = tl.where(decay != 0, u + _number(numbers, _WD, w) * w, u)
     return g, u
 
 
@@ -139,7 +139,7 @@ def _measured(
     PLAIN: tl.constexpr = HOW.denominator == "paper" or HOW.denominator == "gradient"
     if not (HOW.known and PLAIN):
         w = _load(tl.load(row + W * layers), at, size, HOW.w, WHOLE).to(HOW.wide)
-    q, u = _descended(w, g, numbers, scale, HOW)
+    q, u = _descended(w, g, tl.load(row + DECAY * layers), numbers, scale, HOW)
     if not PLAIN:
         q = u
         if HOW.denominator == "momentum" and HOW.keeps:
@@ -198,15 +198,17 @@ def finish(
         q = tl.load(lengths + layers + layer)
     ratio = tl.full([], 1.0, tl.float64)
     if HOW.adapt:
-        ratio = _trust_ratio(w_norm, q, rate, numbers, HOW)
+        decay = tl.load(table + DECAY * layers + layer)
+        ratio = _trust_ratio(w_norm, q, decay, rate, numbers, HOW)
+        ratio = tl.where(tl.load(table + ADAPT * layers + layer) != 0, ratio, 1.0)
     tl.store(lengths + 2 * layers + layer, ratio)
 
 
 @triton.jit
-def _trust_ratio(w_norm, q, rate, numbers, HOW: tl.constexpr):
+def _trust_ratio(w_norm, q, decay, rate, numbers, HOW: tl.constexpr):
     d = q
     if HOW.denominator == "paper":
-        d += _number(numbers, _WD, d) * w_norm
+        d += tl.where(decay != 0, _number(numbers, _WD, d), 0.0) * w_norm
     d += _number(numbers, _EPS, d)
     ratio = _number(numbers, _ETA, d) * w_norm
     ratio = ratio / tl.where(d <= 0, 1.0, d)
@@ -237,7 +239,7 @@ def _moved(
     w_address = tl.load(row + W * layers)
     w = _load(w_address, at, size, HOW.w, WHOLE).to(HOW.wide)
     g = _load(tl.load(row + G * layers), at, size, HOW.g, WHOLE).to(HOW.wide)
-    x = _descended(w, g, numbers, scale, HOW)[1]
+    x = _descended(w, g, tl.load(row + DECAY * layers), numbers, scale, HOW)[1]
     if HOW.inside:
         x = (lr * ratio) * x
     elif HOW.denominator != "momentum":
