@@ -529,7 +529,8 @@ def run_all(args: argparse.Namespace, names: list[str]) -> None:
         print(f"\n{table(title, found)}\n\nAfter {took:.0f} s.", flush=True)
         if not args.dry_run:
             write(results, said, args.out, facts)
-    print("\n### Figures to reach\n", *said, "", sentence(facts), sep="\n")
+    meaning = ": a dry run says nothing of them" if args.dry_run else ""
+    print(f"\n### Figures to reach{meaning}\n", *said, "", sentence(facts), sep="\n")
 
 
 def load(before: tuple[float, float], seconds: float) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def test_nothing_but_the_core_is_there(bare):
     assert table["engine foreach"] == "not available: torch is not installed"
     assert table["engine triton"] == "not available: torch is not installed"
     assert table["engine native"].startswith(
-        "not available: larskit was installed without its C++ kernel (cannot import"
+        "not available: larskit was installed without its C++ kernel (No module"
     )
     assert table["kernel"].startswith("none: install larskit again")
     assert "threads" not in table

@@ -19,7 +19,7 @@ from larskit.layout import Unfit, address, check, fault, kept_buffers, size
 from larskit.rule import Lengths, weight_decay
 
 try:
-    from larskit import _native  # pyright: ignore[reportMissingModuleSource]
+    import larskit._native as _native  # pyright: ignore[reportMissingModuleSource]
 except ImportError as why:
     _native, _missing = None, str(why)
 else:
