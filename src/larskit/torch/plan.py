@@ -76,6 +76,7 @@ class Plan:
         self._check(groups)
         fits = self._fits(groups, state)
         if not fits:
+            self._captured += [bucket for bucket in self._buckets if bucket.captured]
             self._sort(groups, state)
         for bucket in self._buckets:
             bucket.check_capture(groups[bucket.kind.group])
@@ -203,7 +204,6 @@ class Plan:
             for bucket in buckets.values()
             for part in bucket.choose_engine(groups[bucket.kind.group], self._buckets)
         ]
-        self._captured += [bucket for bucket in self._buckets if bucket.captured]
         self._buckets, self._idle = sorted_buckets, idle
         self._params = [p for group in groups for p in group["params"]]
         self._gather_sharded()
