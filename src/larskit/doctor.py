@@ -81,7 +81,12 @@ def _gpus() -> Iterator[Row]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         memory = f"{device.total_memory / 2**30:.0f} GiB"
-        yield f"GPU {index}", f"{device.name}, {device.major}.{device.minor}, {memory}"
+        why = triton.broken(torch.device("cuda", index))
+        yield (
+            f"GPU {index}",
+            f"{device.name}, {device.major}.{device.minor}, {memory}"
+            + (f", but {why}" if why else ""),
+        )
 
 
 def _required() -> Iterator[Row]:

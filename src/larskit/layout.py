@@ -116,7 +116,7 @@ def integers(values: Sequence[int], device: Any) -> Any:
     if not is_capturing(device):
         return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
     x = torch.zeros(len(values), dtype=torch.int64, device=device)
-    torch._foreach_add_(list(x), list(values))
+    torch._foreach_add_(list(x), [int(value) for value in values])
     return x
 
 

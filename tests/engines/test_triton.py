@@ -322,8 +322,9 @@ def test_what_was_captured_is_not_used_again(monkeypatch):
     assert not group.aim([g[0].clone()])  # whose address would have to be written
     assert not group.captured
     assert group.aim(g)
-    monkeypatch.undo()
     assert group.captured
+    assert not group.aim(g)  # which another graph might ask
+    monkeypatch.undo()
     assert not group.aim(g)
 
 
@@ -352,3 +353,22 @@ def test_layouts_that_are_refused():
         inference = full(1, 4, 6)
     with pytest.raises(Unfit, match="weight 0 is an inference tensor"):
         triton.Group([inference], [w], [None])
+
+
+def test_a_device_that_runs_no_kernels_is_refused(monkeypatch):
+    class NoCompiler:
+        def __getitem__(self, grid):
+            raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    monkeypatch.setattr(kernels, "probe", NoCompiler())
+    triton.broken.cache_clear()
+    try:
+        message = (
+            r"Triton runs no kernels on \w+(:0)?: RuntimeError: Failed to find C co"
+        )
+        with pytest.raises(Unfit, match=message):
+            make(4)
+    finally:
+        monkeypatch.undo()
+        triton.broken.cache_clear()
+    make(4)

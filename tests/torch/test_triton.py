@@ -321,3 +321,25 @@ def test_a_graph_needs_a_step_that_can_be_captured(monkeypatch):
     monkeypatch.setattr(layout, "is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="but capturable=False"):
         o.step()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, on its own parts
+def test_a_compiled_training_step_calls_the_kernels_between_its_graphs():
+    found = []
+    for compiles in (True, False):
+        torch.manual_seed(0)
+        net = nn.Linear(3, 2).to(DEVICE)
+        o = LARS(net.parameters(), 0.5, fused=True, capturable=True)
+
+        def train(net: Any = net, o: Any = o) -> None:
+            o.zero_grad()
+            net(torch.ones(4, 3, device=DEVICE)).square().mean().backward()
+            o.step()
+
+        torch._dynamo.reset()
+        step = torch.compile(train, backend="eager") if compiles else train
+        for _ in range(3):
+            step()
+        assert all(isinstance(engine, triton.Group) for engine in engines(o))
+        found.append(tensors(list(net.parameters()), o))
+    assert all(map(torch.equal, *found))

@@ -9,9 +9,10 @@ kernels on CPU tensors.
 from larskit.engines.triton.group import (
     INTERPRETED,
     Group,
+    broken,
     lengths,
     step_,
     unavailable,
 )
 
-__all__ = ["INTERPRETED", "Group", "lengths", "step_", "unavailable"]
+__all__ = ["INTERPRETED", "Group", "broken", "lengths", "step_", "unavailable"]

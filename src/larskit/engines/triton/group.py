@@ -41,6 +41,21 @@ def unavailable() -> str | None:
     return "PyTorch finds no GPU"
 
 
+@cache
+def broken(device: torch.device) -> str | None:
+    """Say why Triton cannot run kernels on a device; tried once.
+
+    It needs a C compiler, for one, where its own were left out, and no old GPU.
+    """
+    try:
+        with _current(device):
+            kernels.probe[(1,)](torch.zeros(1, device=device))
+    except Exception as why:
+        first = str(why).partition("\n")[0]
+        return f"Triton runs no kernels on {device}: {type(why).__name__}: {first}"
+    return None
+
+
 def lengths(arrays: Sequence[Tensor]) -> Tensor:
     """Return the length of each tensor, as a wide 1-d tensor."""
     group = Group(arrays, arrays, [None] * len(arrays))
@@ -68,8 +83,8 @@ def step_(
 class Group:
     """Layers of one device and dtype that were found fit for the kernels.
 
-    Its tables lie on the device, and what steps it took is read nowhere else, so that
-    a step waits for nothing.
+    Its tables lie on the device, so that a step waits for nothing. They belong to the
+    stream on which they were written, or to one CUDA graph.
 
     Parameters
     ----------
@@ -146,9 +161,9 @@ class Group:
         What is part of a CUDA graph stays as it was captured, for good.
         """
         captures = layout.is_capturing(self._device)
-        ours = not self.captured and _stream(self._device) == self._stream
         if not (
-            (captures or ours)
+            not self.captured
+            and (captures or _stream(self._device) == self._stream)
             and _are_plain(gradients, self._gradient_dtype)
             and (_strides(self._weights), _strides(gradients)) == self._strides
             and _addresses(self._written) == self._places
@@ -323,6 +338,8 @@ def _check(weights: Any, gradients: Any, buffers: Any, new_buffers: Any) -> None
     device = weights[0].device
     if device.type != ("cpu" if INTERPRETED else "cuda"):
         raise Unfit(f"weight 0 is on the device {device}")
+    if why := broken(device):
+        raise Unfit(why)
     w_dtype, g_dtype = dtype_name(weights[0]), dtype_name(gradients[0])
     if not {w_dtype, g_dtype} <= {*_DTYPES} or (
         w_dtype != g_dtype and "complex" in w_dtype + g_dtype
