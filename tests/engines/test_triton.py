@@ -372,3 +372,41 @@ def test_a_device_that_runs_no_kernels_is_refused(monkeypatch):
         monkeypatch.undo()
         triton.broken.cache_clear()
     make(4)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy
+def test_carried_squares_are_of_the_layer_alone():
+    """Behind its end nothing times infinity would not be nothing."""
+    group, _, g, _ = make(5)
+    config = Config(momentum=0.0, trust_coefficient=1e30)
+    group.step_(1e30, config, carry=True)
+    assert group.aim(g)
+    group.step_(0.0, config)
+    assert group.lengths.weight.tolist() == [torch.inf]
+
+
+def test_the_sums_of_many_blocks_are_added_up():
+    """Of a layer of 10 million elements, which no interpreter could measure."""
+    group, *_ = make(5)
+    sums = torch.rand(2, 5000, dtype=torch.float64).to(DEVICE)
+    group._sums, group._blocks = sums, 5000
+    group._table[kernels.SIZE.value] = 5000 * BLOCK - 3
+    config = Config()
+    finish: Any = kernels.finish
+    finish[(1,)](*group._arguments(0.5, config), group._variant(config), False)
+    expected = sums.sum(1).sqrt()
+    torch.testing.assert_close(group.lengths[0][0], expected[0], rtol=1e-14, atol=0)
+    torch.testing.assert_close(group.lengths[1][0], expected[1], rtol=1e-14, atol=0)
+
+
+def test_hyper_parameters_are_written_when_they_change(monkeypatch):
+    group, _, g, _ = make(5)
+    written = []
+    fill_ = torch.Tensor.fill_
+    monkeypatch.setattr(
+        torch.Tensor, "fill_", lambda x, value: (written.append(value), fill_(x, value))
+    )
+    for lr in (0.5, 0.5, 0.25):
+        assert group.aim(g)
+        group.step_(lr, Config(momentum=0.75))
+    assert written.count(0.5) == written.count(0.25) == written.count(0.75) == 1
