@@ -50,7 +50,7 @@ bench-jax: .venv/dev  ## one compiled step of JAX's optimizers
 bench-sharded: .venv/dev  ## one step over sharded layers in several processes, and what it sends
 	$(BIN)/python benchmarks/sharded.py $(ARGS)
 
-bench-gpu: .venv/dev  ## one step of every optimizer on a GPU; ARGS=--dry-run needs none
+bench-gpu: .venv/dev environments  ## one step of every optimizer on a GPU; ARGS=--dry-run needs none
 	$(BIN)/python benchmarks/gpu_step.py $(ARGS)
 
 dist: .venv/dev  ## sdist, and the wheel from it, tried in an environment of its own

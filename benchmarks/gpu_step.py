@@ -6,11 +6,12 @@ On one GPU, in less than eight minutes::
     PYTHONPATH=src python3 benchmarks/gpu_step.py --dtype bfloat16 --shapes ViT-L/16
     .venv/bin/python benchmarks/gpu_step.py --dry-run
 
-The peers are those of the Python that runs this. A row whose package is missing, or
-that fails, says so in the table. Where Triton's kernels cannot run, "larskit LARS" is
-our foreach engine, and the row with carried norms says why. A dry run goes the same way
-on the CPU in a minute or two, with tiny shapes, Triton's interpreter and no CUDA
-graphs. What it says of the time means nothing, so that it writes no files.
+The peers are those of the Python that runs this, else those of the environment that
+``make environments`` makes. A row whose package is missing, or that fails, says so in
+the table. Where Triton's kernels cannot run, "larskit LARS" is our foreach engine, and
+the row with carried norms says why. A dry run goes the same way on the CPU in a minute
+or two, with tiny shapes, Triton's interpreter and no CUDA graphs. What it says of the
+time means nothing, so that it writes no files.
 
 Each row is measured beside ``torch.optim.SGD(fused=True)``: both take turns, in an
 order of their own in each round, for the row's share of the ``--seconds`` of a model.
@@ -57,7 +58,7 @@ os.environ["TRITON_INTERPRET"] = "1" if "--dry-run" in sys.argv else "0"
 
 import numpy as np
 import torch
-from measure import PACKAGES, ROOT, WARM_UP
+from measure import MORE, PACKAGES, ROOT, WARM_UP, environments
 from rows import SGD, Shapes
 from shapes import GPT, LARGE, RESNET, SHAPES, SMALL, VIT, VIT_L
 from sharded import pytorch_optimizer, timm
@@ -542,6 +543,12 @@ def load(before: tuple[float, float], seconds: float) -> dict[str, Any]:
     return found
 
 
+def add_peers() -> None:
+    """Have the peers found that this Python lacks, where their environment is made."""
+    folder = environments.python(*MORE["torch"]).parents[1]
+    sys.path += map(str, folder.glob("lib/python*/site-packages"))
+
+
 def main() -> None:
     """Parse the arguments, measure and report."""
     parser = argparse.ArgumentParser(
@@ -563,6 +570,7 @@ def main() -> None:
     if not (args.dry_run or torch.cuda.is_available()):
         parser.exit(2, "PyTorch finds no CUDA GPU here; --dry-run needs none.\n")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    add_peers()
     run_all(args, names)
 
 
