@@ -13,6 +13,7 @@ from larskit import layout
 from larskit.config import Config
 from larskit.engines import reference, triton
 from larskit.engines.triton import kernels
+from larskit.engines.triton.kernels import Variant
 from larskit.layout import Unfit
 
 BLOCK = kernels.BLOCK.value
@@ -97,11 +98,11 @@ def test_offsets_of_more_than_32_bits():
     expected = w.clone(), v.clone()
     group = triton.Group([w], [g], [v])
     start = 4 * hidden
-    for row, by in ((kernels.W, -start), (kernels.G, -start), (kernels.V, -start)):
-        group._table[row.value] += by
-    group._table[kernels.NEW_V.value] -= start
-    group._table[kernels.SIZE.value] += hidden
-    group._table[kernels.FIRST.value] -= hidden // BLOCK
+    for row, by in ((Variant.W, -start), (Variant.G, -start), (Variant.V, -start)):
+        group._table[row] += by
+    group._table[Variant.NEW_V] -= start
+    group._table[Variant.SIZE] += hidden
+    group._table[Variant.FIRST] -= hidden // BLOCK
     config = Config(weight_decay=0.01, trust_coefficient=1.0)
     norms = full(3, 1).double(), full(2, 1).double()
     group.step_(0.5, config, norms)
@@ -390,7 +391,7 @@ def test_the_sums_of_many_blocks_are_added_up():
     group, *_ = make(5)
     sums = torch.rand(2, 5000, dtype=torch.float64).to(DEVICE)
     group._sums, group._blocks = sums, 5000
-    group._table[kernels.SIZE.value] = 5000 * BLOCK - 3
+    group._table[Variant.SIZE] = 5000 * BLOCK - 3
     config = Config()
     finish: Any = kernels.finish
     finish[(1,)](*group._arguments(0.5, config), group._variant(config), False)

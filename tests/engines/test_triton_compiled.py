@@ -8,24 +8,44 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).parent / "live" / "compiled.py"
+LIVE = Path(__file__).parent / "live"
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Compile every kernel, in a process where Triton is not told to interpret."""
+def run(tmp_path_factory):
+    """Return what runs a program where Triton is not told to interpret."""
     folder = tmp_path_factory.mktemp("triton")
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
-    environment.pop("TRITON_INTERPRET")
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=environment,
+
+    def ran(program):
+        environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
+        environment.pop("TRITON_INTERPRET")
+        done = subprocess.run(
+            [sys.executable, str(LIVE / program)],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    return ran
+
+
+@pytest.fixture(scope="module")
+def compiled(run):
+    """Compile every kernel for every target."""
+    return run("compiled.py")
+
+
+def test_launches_are_bound_and_compiled_once(run):
+    launches = run("bound.py")
+    assert [name for name, *_ in launches] == ["measure", "finish", "move"] * 4
+    assert [new for _, new, _ in launches] == [True] * 3 + [False] * 3 + (
+        [True] * 3 + [False] * 3
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    assert launches[3][2] == ["*fp64", "*fp64", "*fp64"]
+    assert launches[-1][2] == ["*fp32", "*fp32", "*u1"]
 
 
 def test_every_target_and_variant_is_there(compiled):

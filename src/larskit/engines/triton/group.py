@@ -142,10 +142,10 @@ class Group:
         *firsts, self._blocks = accumulate(blocks, initial=0)
         rows += [sizes, firsts, *flags]
         table = layout.integers([x for row in rows for x in row], self._device)
-        self._addresses = rows[kernels.G.value]
+        self._addresses = rows[kernels.Variant.G]
         self._table = table.view(len(rows), len(weights))
         every = torch.arange(self._blocks, device=self._device)
-        firsts = self._table[kernels.FIRST.value]
+        firsts = self._table[kernels.Variant.FIRST]
         self._owners = torch.searchsorted(firsts, every, right=True).sub_(1)
         self._sums = self._empty(2, self._blocks)
         self._lengths = self._empty(3, len(weights))
@@ -173,7 +173,7 @@ class Group:
         if addresses != self._addresses:
             if captures:
                 return False
-            row = self._table[kernels.G.value]
+            row = self._table[kernels.Variant.G]
             row.copy_(layout.integers(addresses, self._device))
             self._addresses = addresses
         self.captured = captures
@@ -263,7 +263,7 @@ class Group:
     def _begin(self) -> None:
         """Have new buffers count as buffers from now on."""
         if self._new:
-            self._table[kernels.V.value].copy_(self._table[kernels.NEW_V.value])
+            self._table[kernels.Variant.V].copy_(self._table[kernels.Variant.NEW_V])
             self._new = []
 
     def _arguments(

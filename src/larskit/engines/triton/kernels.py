@@ -17,10 +17,6 @@ import triton.language as tl
 BLOCK = tl.constexpr(2048)  # elements that one program measures or moves
 _FOLD = tl.constexpr(2048)  # sums of blocks that are added at a time
 
-# The table of layers: addresses (that of v is 0 where there is none yet), the number of
-# elements, the first block, whether it is adapted, and decayed.
-W, G, V, NEW_V, SIZE, FIRST, ADAPT, DECAY = (tl.constexpr(i) for i in range(8))
-
 # The table of hyper-parameters.
 NUMBERS = (
     "lr",
@@ -31,9 +27,6 @@ NUMBERS = (
     "eps",
     "threshold",
 )
-_LR, _MU, _DAMPENING, _WD, _ETA, _EPS, _THRESHOLD = (tl.constexpr(i) for i in range(7))
-
-
 _ANY = ["layers", "blocks", "rate", "scale", "permitted"]
 
 
@@ -57,6 +50,13 @@ class Variant:
     asks: bool  # whether a flag says if to move at all
     known: bool  # whether the squares of the weights were left by the last step
     carries: bool  # whether to leave them for the next
+
+    # Rows of the table of layers: addresses (that of v is 0 where there is none yet),
+    # the number of elements, the first block, whether it is adapted, and decayed.
+    W, G, V, NEW_V, SIZE, FIRST, ADAPT, DECAY = range(8)
+
+    # Places in the table of hyper-parameters, for `NUMBERS`.
+    LR, MU, DAMPENING, WD, ETA, EPS, THRESHOLD = range(7)
 
 
 @triton.jit
@@ -101,21 +101,21 @@ def _descended(w, g, decay, numbers, scale, HOW: tl.constexpr):
     if HOW.maximize:
         u = -u
     if HOW.decays:
-        u = tl.where(decay != 0, u + _number(numbers, _WD, w) * w, u)
+        u = tl.where(decay != 0, u + _number(numbers, HOW.WD, w) * w, u)
     return g, u
 
 
 @triton.jit
-def _accumulated(v, x, numbers):
-    dampening = _number(numbers, _DAMPENING, x)
-    return _number(numbers, _MU, x) * v + (1 - dampening) * x
+def _accumulated(v, x, numbers, HOW: tl.constexpr):
+    dampening = _number(numbers, HOW.DAMPENING, x)
+    return _number(numbers, HOW.MU, x) * v + (1 - dampening) * x
 
 
 @triton.jit
 def _direction(new_v, x, numbers, HOW: tl.constexpr):
     y = new_v
     if HOW.nesterov:
-        y = x + _number(numbers, _MU, x) * new_v
+        y = x + _number(numbers, HOW.MU, x) * new_v
     return y
 
 
@@ -123,13 +123,13 @@ def _direction(new_v, x, numbers, HOW: tl.constexpr):
 def _place(table, layers, layer, block, HOW: tl.constexpr):
     """Return the elements of a block, and whether it can be read in vectors."""
     row = table + layer
-    size = tl.load(row + SIZE * layers)
-    start = (block - tl.load(row + FIRST * layers)) * BLOCK
-    addresses = tl.load(row + W * layers) | tl.load(row + G * layers)
+    size = tl.load(row + HOW.SIZE * layers)
+    start = (block - tl.load(row + HOW.FIRST * layers)) * BLOCK
+    addresses = tl.load(row + HOW.W * layers) | tl.load(row + HOW.G * layers)
     whole = start + BLOCK <= size
     if HOW.keeps:
-        v_address = tl.load(row + V * layers)
-        addresses |= v_address | tl.load(row + NEW_V * layers)
+        v_address = tl.load(row + HOW.V * layers)
+        addresses |= v_address | tl.load(row + HOW.NEW_V * layers)
         whole &= v_address != 0
     whole &= addresses % 16 == 0
     return row, size, start + tl.arange(0, BLOCK), whole
@@ -140,18 +140,18 @@ def _measured(
     row, layers, at, size, numbers, scale, HOW: tl.constexpr, WHOLE: tl.constexpr
 ):
     """Return the sums of squares of a block: of w, and of what is measured."""
-    g = _load(tl.load(row + G * layers), at, size, HOW.g, WHOLE).to(HOW.wide)
+    g = _load(tl.load(row + HOW.G * layers), at, size, HOW.g, WHOLE).to(HOW.wide)
     w = tl.zeros([BLOCK], HOW.wide)
     PLAIN: tl.constexpr = HOW.denominator == "paper" or HOW.denominator == "gradient"
     if not (HOW.known and PLAIN):
-        w = _load(tl.load(row + W * layers), at, size, HOW.w, WHOLE).to(HOW.wide)
-    q, u = _descended(w, g, tl.load(row + DECAY * layers), numbers, scale, HOW)
+        w = _load(tl.load(row + HOW.W * layers), at, size, HOW.w, WHOLE).to(HOW.wide)
+    q, u = _descended(w, g, tl.load(row + HOW.DECAY * layers), numbers, scale, HOW)
     if not PLAIN:
         q = u
         if HOW.denominator == "momentum" and HOW.keeps:
-            v = _load(tl.load(row + V * layers), at, size, HOW.w, WHOLE)
+            v = _load(tl.load(row + HOW.V * layers), at, size, HOW.w, WHOLE)
             v = v.to(HOW.wide)
-            q = _direction(_accumulated(v, u, numbers), u, numbers, HOW)
+            q = _direction(_accumulated(v, u, numbers, HOW), u, numbers, HOW)
     w, q = w.to(tl.float64), q.to(tl.float64)
     return tl.sum(w * w), tl.sum(q * q)
 
@@ -193,8 +193,8 @@ def finish(
     """Find the lengths of each layer, unless they are given, and its trust ratio."""
     layer = tl.program_id(0)
     if not GIVEN:
-        size = tl.load(table + SIZE * layers + layer)
-        first = tl.load(table + FIRST * layers + layer)
+        size = tl.load(table + HOW.SIZE * layers + layer)
+        first = tl.load(table + HOW.FIRST * layers + layer)
         count = ((size + BLOCK - 1) // BLOCK).to(tl.int32)
         w_norm, q = _lengths(sums + first, blocks, count)
         tl.store(lengths + layer, w_norm)
@@ -204,9 +204,9 @@ def finish(
         q = tl.load(lengths + layers + layer)
     ratio = tl.full([], 1.0, tl.float64)
     if HOW.adapt:
-        decay = tl.load(table + DECAY * layers + layer)
+        decay = tl.load(table + HOW.DECAY * layers + layer)
         ratio = _trust_ratio(w_norm, q, decay, rate, numbers, HOW)
-        ratio = tl.where(tl.load(table + ADAPT * layers + layer) != 0, ratio, 1.0)
+        ratio = tl.where(tl.load(table + HOW.ADAPT * layers + layer) != 0, ratio, 1.0)
     tl.store(lengths + 2 * layers + layer, ratio)
 
 
@@ -214,15 +214,15 @@ def finish(
 def _trust_ratio(w_norm, q, decay, rate, numbers, HOW: tl.constexpr):
     d = q
     if HOW.denominator == "paper":
-        d += tl.where(decay != 0, _number(numbers, _WD, d), 0.0) * w_norm
-    d += _number(numbers, _EPS, d)
-    ratio = _number(numbers, _ETA, d) * w_norm
+        d += tl.where(decay != 0, _number(numbers, HOW.WD, d), 0.0) * w_norm
+    d += _number(numbers, HOW.EPS, d)
+    ratio = _number(numbers, HOW.ETA, d) * w_norm
     ratio = ratio / tl.where(d <= 0, 1.0, d)
     if HOW.clip:
         lr = tl.load(rate).to(tl.float64)
         ratio = ratio / tl.where(lr <= 0, 1.0, lr)
         ratio = tl.where((ratio > 1) | (lr <= 0), 1.0, ratio)
-    plain = w_norm <= _number(numbers, _THRESHOLD, d)
+    plain = w_norm <= _number(numbers, HOW.THRESHOLD, d)
     if HOW.zero_guard:
         plain = plain | (q <= 0)
     return tl.where(plain, 1.0, ratio)
@@ -242,22 +242,22 @@ def _moved(
     WHOLE: tl.constexpr,
 ):
     """Move a block, and return the sum of squares of its new weights."""
-    w_address = tl.load(row + W * layers)
+    w_address = tl.load(row + HOW.W * layers)
     w = _load(w_address, at, size, HOW.w, WHOLE).to(HOW.wide)
-    g = _load(tl.load(row + G * layers), at, size, HOW.g, WHOLE).to(HOW.wide)
-    x = _descended(w, g, tl.load(row + DECAY * layers), numbers, scale, HOW)[1]
+    g = _load(tl.load(row + HOW.G * layers), at, size, HOW.g, WHOLE).to(HOW.wide)
+    x = _descended(w, g, tl.load(row + HOW.DECAY * layers), numbers, scale, HOW)[1]
     if HOW.inside:
         x = (lr * ratio) * x
     elif HOW.denominator != "momentum":
         x = ratio * x
     y = x
     if HOW.keeps:
-        v_address = tl.load(row + V * layers)
+        v_address = tl.load(row + HOW.V * layers)
         v = _load(v_address, at, size, HOW.w, WHOLE).to(HOW.wide)
-        new_v = _accumulated(v, x, numbers)
+        new_v = _accumulated(v, x, numbers, HOW)
         if HOW.denominator != "momentum":  # whose first buffer is dampened, too
             new_v = tl.where(v_address != 0, new_v, x)
-        _store(tl.load(row + NEW_V * layers), at, size, new_v.to(HOW.w), WHOLE)
+        _store(tl.load(row + HOW.NEW_V * layers), at, size, new_v.to(HOW.w), WHOLE)
         y = _direction(new_v, x, numbers, HOW)
     if HOW.denominator == "momentum":
         y = (lr * ratio) * y
