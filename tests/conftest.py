@@ -1,14 +1,16 @@
 """Without a GPU, Triton's kernels run in its interpreter: that is asked for here.
 
 Triton reads the environment when it is imported. On a GPU, LARSKIT_TEST_DEVICE=cuda.
+The environments of the seed packages are without it.
 """
 
 import os
+from importlib.util import find_spec
 
 ON_CPU = os.environ.get("LARSKIT_TEST_DEVICE", "cpu") == "cpu"
 os.environ.setdefault("TRITON_INTERPRET", "1" if ON_CPU else "0")
 
-if ON_CPU:
+if ON_CPU and find_spec("torch") and find_spec("triton"):
     import torch
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

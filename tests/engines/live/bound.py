@@ -42,7 +42,8 @@ def launch(kernel: Any, programs: int, *arguments: Any) -> None:
 
 
 def main() -> None:
-    driver.set_active(NoGpu())
+    no_gpu: Any = NoGpu()
+    driver.set_active(no_gpu)
     group.INTERPRETED = True  # CPU tensors stand for those of the GPU
     group.broken = lambda device: None
     group._launch = launch
