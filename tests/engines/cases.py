@@ -108,6 +108,18 @@ def steps(
     return w + [x for x in v if x is not None]
 
 
+def strange_step(engine: Any, value, dtypes, device="cpu") -> torch.Tensor:
+    """Take a step with a strange number among weights and gradients."""
+    w = torch.linspace(-2, 2, 100).to(dtypes[0])
+    g = torch.linspace(3, -1, 100).to(dtypes[1])
+    w[17] = value
+    g[40] = value
+    ours: list[Any] = [w.to(device)]
+    config = Config(weight_decay=0.01, trust_coefficient=1.0)
+    engine.step_(ours, [g.to(device)], [None], 0.5, config)
+    return ours[0].cpu()
+
+
 def same(ours, theirs):
     """Whether tensors are the same to the bit, but for the device."""
     pairs = [(a, b.to(a.device)) for a, b in zip(ours, theirs, strict=True)]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import EXACT, LAYOUTS, array, configs, same, steps
+from cases import EXACT, LAYOUTS, array, configs, same, steps, strange_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -188,17 +188,10 @@ def test_float64_is_within_four_ulp():
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 65504.0, 6e-8, -0.0, 1e-40])
 @pytest.mark.parametrize("dtypes", EXACT, ids=str)
 def test_strange_numbers(value, dtypes):
-    config = Config(weight_decay=0.01, trust_coefficient=1.0)
-    w = torch.linspace(-2, 2, 100).to(dtypes[0])
-    g = torch.linspace(3, -1, 100).to(dtypes[1])
-    w[17] = value
-    g[40] = value
-    results = []
-    for engine in (native, reference):
-        ours, v = [w.clone()], [None]
-        engine.step_(ours, [g], v, 0.5, config)
-        results.append(ours[0])
-    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+    ours, theirs = (
+        strange_step(engine, value, dtypes) for engine in (native, reference)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def test_every_float16_survives_the_kernel():

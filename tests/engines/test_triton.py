@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CONFIGS, DEVICE, EXACT, array, configs, same, steps
+from cases import CONFIGS, DEVICE, EXACT, array, configs, same, steps, strange_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -66,17 +66,9 @@ def test_runs_repeat_to_the_bit():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 65504.0, -0.0])
 @pytest.mark.parametrize("dtypes", EXACT[::3], ids=str)
 def test_strange_numbers(value, dtypes):
-    config = Config(weight_decay=0.01, trust_coefficient=1.0)
-    w = torch.linspace(-2, 2, 100).to(dtypes[0])
-    g = torch.linspace(3, -1, 100).to(dtypes[1])
-    w[17] = value
-    g[40] = value
-    results = []
-    for engine, device in ((triton, DEVICE), (reference, "cpu")):
-        ours, v = [w.clone().to(device)], [None]
-        engine.step_(ours, [g.to(device)], v, 0.5, config)
-        results.append(ours[0].cpu())
-    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+    ours = strange_step(triton, value, dtypes, DEVICE)
+    theirs = strange_step(reference, value, dtypes)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 @ON_CPU
