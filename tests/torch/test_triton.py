@@ -343,3 +343,28 @@ def test_a_compiled_training_step_calls_the_kernels_between_its_graphs():
         assert all(isinstance(engine, triton.Group) for engine in engines(o))
         found.append(tensors(list(net.parameters()), o))
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_by_default_a_compiled_step_is_one_graph_without_the_kernels(monkeypatch):
+    """On the device "meta", which plays the GPU and on which nothing is computed."""
+    for module in (bucket, optimizer):
+        monkeypatch.setattr(module, "GPU", "meta")
+    asked = []
+    monkeypatch.setattr(bucket, "_triton", lambda: asked.append(1))
+    params = [nn.Parameter(torch.empty(4, 3, device="meta"))]
+    o = LARS(params, torch.empty((), device="meta"))
+    graphs = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    step = torch.compile(o.step, fullgraph=True, backend=backend)
+    for _ in range(3):
+        params[0].grad = torch.empty_like(params[0])
+        step()
+    assert len(graphs) == 2  # without a momentum buffer, and with it
+    assert engines(o) == [foreach]
+    assert not asked

@@ -48,6 +48,8 @@ def kind_of(index: int, group: dict[str, Any], row: int, p: Any) -> Kind:
 
 def _fuses(group: dict[str, Any], device: torch.device) -> bool:
     """Whether a fused engine is to be tried."""
+    if torch.compiler.is_compiling():
+        return False
     if group["fused"] is not None:
         return group["fused"]
     on_host = group["capturable"] and device.type != GPU
