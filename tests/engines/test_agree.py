@@ -120,3 +120,14 @@ def test_layers_with_and_without_a_buffer_in_one_call(engine):
     engine.step_(w, g, v, 1.0, config)
     torch.testing.assert_close(v, [1.4 * ones(2), ones(2)])
     torch.testing.assert_close(w, [-0.4 * ones(2), 0 * ones(2)])
+
+
+@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_narrow_number_survives(engine, dtype):
+    w = torch.arange(-32768, 32768, dtype=torch.int16).view(dtype)
+    w = w[w.isfinite()].to(DEVICE)
+    before = w.clone()
+    config = Config(adapt=False, momentum=0.0)
+    engine.step_([w], [torch.zeros_like(w)], [None], 1.0, config)
+    assert torch.equal(w, before)

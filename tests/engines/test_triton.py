@@ -71,18 +71,6 @@ def test_strange_numbers(value, dtypes):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-@ON_CPU
-def test_every_narrow_number_survives():
-    bits = torch.arange(-32768, 32768, dtype=torch.int16)
-    for dtype in (torch.float16, torch.bfloat16):
-        w = bits.view(dtype)
-        w = w[w.isfinite()].clone()
-        before = w.clone()
-        config = Config(adapt=False, momentum=0.0)
-        triton.step_([w], [torch.zeros_like(w)], [None], 1.0, config)
-        assert torch.equal(w, before)
-
-
 def test_offsets_of_more_than_32_bits():
     """A layer of which only the end is there: the blocks before it are left out."""
     tail, hidden = BLOCK + 100, 2**34

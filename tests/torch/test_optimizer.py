@@ -382,6 +382,8 @@ ARGUMENTS = [
     ({"capturable": "yes"}, TypeError, "capturable must be True or False, got 'yes'"),
     ({"foreach": "no"}, TypeError, "foreach must be True, False or None, got 'no'"),
     ({"lr": torch.ones(2)}, ValueError, r"lr has the shape \(2,\), expected one"),
+    ({"weight_decay": torch.ones(2)}, ValueError, r"weight_decay has the shape \(2"),
+    ({"momentum": torch.ones(0)}, ValueError, r"momentum has the shape \(0,\), exp"),
     ({"lr": torch.tensor(-1.0)}, ValueError, "lr must be a finite number of at least"),
     ({"adapt": "*.weight"}, ValueError, "needs names"),
     ({"decay": 3}, TypeError, "decay must be None, True, False, a name pattern"),

@@ -275,10 +275,12 @@ def _on_all_ranks(flags: Tensor) -> Tensor:
 
 def config_of(group: dict[str, Any]) -> Config:
     """Check the hyper-parameters of a group, and return them."""
-    lr = group["lr"]
-    check_lr(lr)
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr has the shape {tuple(lr.shape)}, expected one number")
+    check_lr(group["lr"])
+    for name in ("lr", *PER_GROUP):
+        x = group[name]
+        if isinstance(x, Tensor) and x.numel() != 1:
+            shape = tuple(x.shape)
+            raise ValueError(f"{name} has the shape {shape}, expected one number")
     return Config(**{name: group[name] for name in PER_GROUP})
 
 
