@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from larskit import rule
+from larskit import engines
 from larskit.arrays import (
     cast,
     check_floating,
@@ -19,14 +19,12 @@ from larskit.arrays import (
     framework,
     is_array,
     namespace,
-    norm_dtype,
     stop_gradient,
     unwritable,
     write,
 )
 from larskit.config import Config, Denominator, LrPlacement, check_lr, is_number
-from larskit.engines import native
-from larskit.layout import Unfit, empty_like
+from larskit.rule import at_step
 from larskit.select import Selection, check_matched, select
 from larskit.tree import (
     dotted,
@@ -123,11 +121,15 @@ def lars_update(
         (w, g, None, lr, replace(config, weight_decay=decay))
         for w, g, lr, decay in zip(*columns, strict=True)
     ]
-    moved = [new_w for new_w, _ in _moved(rows, [unwrap(x) for x in receivers])]
+    results = [unwrap(x) for x in receivers]
+    if any(unwritable(x, not stop_gradients) for x in results):
+        results = []
+    moved = [new_w for new_w, _ in _moved(rows, results)]
     if out is None:
         return layers.rebuilt(moved)
     for receiver, new in zip(receivers, moved, strict=True):
-        _store(receiver, new, not stop_gradients)
+        if unwrap(receiver) is not new:
+            _store(receiver, new, not stop_gradients)
     return out
 
 
@@ -447,58 +449,42 @@ def _from_numpy(x: np.ndarray, like: Any) -> Any:
     return new
 
 
-def at_step(config: Config, count: Any) -> Config:
-    """Return `config` without its dampening where this is the first step."""
-    dampening = config.dampening
-    undamped = is_number(dampening) and dampening == 0
-    if undamped or config.denominator == "momentum":
-        return config
-    later = count > 0
-    later = cast(later, norm_dtype(later)) if is_array(later) else later
-    return replace(config, dampening=dampening * later)
-
-
 def _moved(rows: list[Any], results: Sequence[Any] = ()) -> list[Any]:
     """Return (w', v') for each row (w, g, v, lr, config).
 
-    Layers of one kind go through the native engine at once where it takes them, and w'
-    is then written into `results` where there are any; else the rule moves them.
+    Layers of one kind go through an engine at once. Where there is but one kind, w' may
+    be written into `results` on the way; another kind could still have to read them.
     """
     kinds: dict[Any, list[int]] = {}
     for i, (w, *_, lr, config) in enumerate(rows):
-        numbers = (lr, *vars(config).values())
+        numbers = (lr, *vars(replace(config, adapt=True, decay=True)).values())
         key = tuple(x if is_number(x) else id(x) for x in numbers)
         kinds.setdefault((framework(w), dtype_name(w), key), []).append(i)
     moved: list[Any] = [None] * len(rows)
     for kind in kinds.values():
-        chosen = [rows[i] for i in kind]
-        found = None
-        if (
-            len(kinds) == 1 or not results
-        ):  # else one kind could write another's weights
-            found = _moved_natively(chosen, [results[i] for i in kind if results])
-        found = found or [rule.update(*row)[:2] for row in chosen]
-        for i, pair in zip(kind, found, strict=True):
+        out = [results[i] for i in kind] if results and len(kinds) == 1 else None
+        pairs = _step([rows[i] for i in kind], out or [None] * len(kind))
+        for i, pair in zip(kind, pairs, strict=True):
             moved[i] = pair
     return moved
 
 
-def _moved_natively(rows: list[Any], results: list[Any]) -> list[Any] | None:
-    w, g, v, (lr, *_), (config, *_) = zip(*rows, strict=True)
+def _step(rows: list[Any], out: list[Any]) -> Iterable[Any]:
+    """Step layers that differ at most in whether they are adapted and decayed."""
+    w, g, v, (lr, *_), configs = zip(*rows, strict=True)
     w, g = ([cast(x, dtype_name(x)) for x in xs] for xs in (w, g))  # scalars of NumPy
-    if not native.fits(w[0]) or any(map(_tracked, (*w, *g, *v, lr))):
-        return None
-    new_w = results or [empty_like(x) for x in w]
-    new_v = [None if x is None else empty_like(x) for x in v]
-    try:
-        group = native.Group(w, g, v, results=new_w, new_buffers=new_v)
-    except Unfit:
-        return None
-    group.step_(lr, config)
-    return list(zip(new_w, new_v, strict=True))
+    flags = zip(*((config.adapt, config.decay) for config in configs), strict=True)
+    recorded = any(map(_is_recorded, (*w, *g, *v, lr, *vars(configs[0]).values())))
+    group = engines.choose(
+        engines.Layers(w, g, v, *flags, out=out),
+        configs[0],
+        engines.Switches(differentiable=recorded),
+    )
+    group.step_(lr, configs[0])
+    return zip(group.weights, group.buffers, strict=True)
 
 
-def _tracked(x: Any) -> bool:
+def _is_recorded(x: Any) -> bool:
     """Whether PyTorch records what is computed from `x`."""
     recorded = framework(x) == "torch" and x.requires_grad
     return recorded and sys.modules["torch"].is_grad_enabled()

@@ -6,24 +6,16 @@ step of a PyTorch optimizer, `GradientLARS.transform` into a chain of optax.
 
 import sys
 from collections.abc import Callable
-from functools import wraps
-from itertools import repeat
 from operator import is_not
-from types import MethodType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from larskit.arrays import (
-    check_floating,
-    is_array,
-    namespace,
-    stop_gradient,
-    unwritable,
-    write,
-)
+from larskit import engines, norms
+from larskit.arrays import stop_gradient, unwritable
 from larskit.config import Config
-from larskit.engines import native
-from larskit.layout import Unfit, empty_like
-from larskit.rule import norm, scaled_gradient
+from larskit.rule import scaled_gradient
+
+if TYPE_CHECKING:
+    from larskit.torch.attach import Attachment
 
 
 class GradientLARS:
@@ -80,7 +72,7 @@ class GradientLARS:
     name = "GradientLARS"
     timing = "pre"
     call_for_each_param = True
-    _made: Any = None  # the native engine's rescaler, and what it was made of
+    _cache: Any = None  # the configuration, and the attributes it was made of
 
     def __init__(
         self, threshold: Any = 1e-2, weight_decay: Any = 0.0, eps: Any = 1e-9
@@ -89,27 +81,29 @@ class GradientLARS:
         self.threshold = threshold
         self.weight_decay = weight_decay
         self.eps = eps
-        self._config()
+        self.config()
 
-    def _config(self) -> Config:
-        return Config(
-            threshold=self.threshold,
-            weight_decay=self.weight_decay,
-            eps=self.eps,
-            trust_coefficient=1.0,
-            zero_guard=False,
-        )
+    def config(self) -> Config:
+        """Return the hyper-parameters as they are now, after checking them."""
+        return self._current()[0]
+
+    def _current(self) -> tuple[Config, Callable[[Any, Any], bool]]:
+        """Return the configuration, and what scales single NumPy gradients by it."""
+        values = self.threshold, self.weight_decay, self.eps
+        if self._cache is None or any(map(is_not, values, self._cache[0])):
+            config = Config(
+                threshold=self.threshold,
+                weight_decay=self.weight_decay,
+                eps=self.eps,
+                trust_coefficient=1.0,
+                zero_guard=False,
+            )
+            self._cache = values, (config, engines.array_scaler(config))
+        return self._cache[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes but for the rescaler, which cannot be copied."""
-        return {name: x for name, x in vars(self).items() if name != "_made"}
-
-    def _rescaler(self) -> native.Rescaler:
-        """Return the native engine's, made anew where an attribute has changed."""
-        values = self.threshold, self.weight_decay, self.eps
-        if self._made is None or any(map(is_not, values, self._made[0])):
-            self._made = values, native.Rescaler(self._config())
-        return self._made[1]
+        """Return the attributes without the cache, which cannot be copied."""
+        return {name: x for name, x in vars(self).items() if name != "_cache"}
 
     def __call__(self, rule: Any, param: Any) -> None:
         """Rescale the gradient of one parameter in place.
@@ -128,29 +122,37 @@ class GradientLARS:
             Before anything is written, where the arrays cannot be rescaled.
         """
         w = param.array if hasattr(param, "array") else param.data
-        if w is None or (g := param.grad) is None or self._rescaler()(w, g):
+        if w is None or (g := param.grad) is None:
+            return
+        config, scale_array = self._current()
+        if scale_array(w, g):
             return
         w, g = stop_gradient(w), stop_gradient(g)
-        _check(w, g, "param.data", "param.grad")
+        norms.check_gradient(w, g, "param.data", "param.grad")
         if reason := unwritable(g):
             raise TypeError(
                 f"param.grad {reason}, but the hook writes it in place: pass an array "
                 "that can be written, or use GradientLARS.transform"
             )
-        norms = None
-        if _is_sharded(w):
-            _check_own_length(w, "param.data")
-            if g.placements != w.placements:
-                raise TypeError(
-                    f"param.grad is placed as {g.placements}, expected {w.placements}, "
-                    "as param.data, to be written in place: redistribute it first"
-                )
-            layer, w, g = w, w.to_local(), g.to_local()
-            norms = _lengths_together([layer], {layer: g})
-        config = self._config()
-        if not _rescale_natively([w], [g], [g], config, norms):
-            of_layer = None if norms is None else (norms[0][0], norms[1][0])
-            write(g, scaled_gradient(w, g, config, norms=of_layer), "param.grad")
+        if norms.is_sharded(w):
+            self._scale_shard(w, g, config)
+        else:
+            _bound(w, g, config).scale_gradients(config)
+
+    def _scale_shard(self, w: Any, g: Any, config: Config) -> None:
+        from larskit.norms import dtensor
+
+        norms.check_layer(w, "param.data")
+        if g.placements != w.placements:
+            raise TypeError(
+                f"param.grad is placed as {g.placements}, expected {w.placements}, as "
+                "param.data, to be written in place: redistribute it first"
+            )
+        group = _bound(w.to_local(), g.to_local(), config)
+        sharded = dtensor.ShardedNorms([w])
+        own = sharded.zeros()
+        own[0], own[1] = group.norms(config)
+        group.scale_gradients(config, tuple(sharded.all_reduce(own)))
 
     def attach(self, optimizer: Any) -> "Attachment":
         """Rescale the gradients of a PyTorch optimizer while it steps.
@@ -208,9 +210,9 @@ class GradientLARS:
                 "optimizer was made with differentiable=True, which GradientLARS does "
                 "not support: make it with differentiable=False"
             )
-        for i, p in enumerate(_parameters(optimizer)):
-            _check_own_length(p, f"parameter {i}")
-        return Attachment(self, optimizer)
+        from larskit.torch.attach import Attachment
+
+        return Attachment(optimizer, self.config)
 
     def transform(self) -> Any:
         """Return the hook as a gradient transformation for optax.
@@ -243,13 +245,13 @@ class GradientLARS:
                     "params is None, expected the weights, whose lengths LARS needs: "
                     "call update(updates, state, params)"
                 )
-            config = self._config()
+            config = self.config()
 
             def rescaled(path: Any, g: Any, w: Any) -> Any:
                 if g is None:
                     return None
                 where = tree_util.keystr(path)
-                _check(w, g, f"params{where}", f"updates{where}")
+                norms.check_gradient(w, g, f"params{where}", f"updates{where}")
                 return scaled_gradient(w, g, config)
 
             new = tree_util.tree_map_with_path(
@@ -260,245 +262,13 @@ class GradientLARS:
         return Transformation(init, update)
 
 
+def _bound(w: Any, g: Any, config: Config) -> engines.Group:
+    layers = engines.Layers([w], [g], [None], [True], [True])
+    return engines.choose(layers, config, scales_gradients=True)
+
+
 class Transformation(NamedTuple):
     """The pair of functions that optax calls a gradient transformation."""
 
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any]]
-
-
-class Attachment:
-    """One hook on one optimizer; a context manager that takes it off at the end."""
-
-    def __init__(self, hook: GradientLARS, optimizer: Any) -> None:
-        """Put a step that rescales around the optimizer's own."""
-        self._optimizer = optimizer
-        self._active = True
-        self._outer = vars(optimizer).get("step")
-        inner = optimizer.step
-
-        @wraps(getattr(inner, "__func__", inner))  # what torch's schedulers look at
-        def step(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self._active:
-                return inner(*args, **kwargs)
-            gradients = _Gradients(hook, optimizer)
-            handle = optimizer.register_step_pre_hook(gradients.before_step)
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                handle.remove()
-                gradients.put_back()
-
-        self._step = optimizer.step = MethodType(step, optimizer)
-
-    def remove(self) -> None:
-        """Take the hook off; a second call does nothing."""
-        self._active = False
-        if vars(self._optimizer).get("step") is not self._step:
-            return  # somebody wrapped it since, and passes through it
-        if self._outer is None:
-            del self._optimizer.step
-        else:
-            self._optimizer.step = self._outer
-
-    def __enter__(self) -> "Attachment":
-        """Return the attachment itself."""
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Take the hook off."""
-        self.remove()
-
-
-class _Gradients:
-    """The gradients of an optimizer during one step."""
-
-    def __init__(self, hook: GradientLARS, optimizer: Any) -> None:
-        self._hook = hook
-        self._optimizer = optimizer
-        self._before_step_ran = False
-        self._own: list[tuple[Any, Any]] = []
-
-    def before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
-        """Rescale now or, where there is a closure, each time after it ran."""
-        if self._before_step_ran:  # a step that calls its parent's
-            return None
-        self._before_step_ran = True
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self.rescale()
-            return None
-
-        def rescaling_closure() -> Any:
-            self.put_back()
-            loss = closure()
-            self.rescale()
-            return loss
-
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": rescaling_closure}
-        return (args[0], rescaling_closure, *args[2:]), kwargs
-
-    def rescale(self) -> None:
-        """Compute every rescaled gradient, then put them in place."""
-        config = self._hook._config()
-        own = []
-        for i, p in enumerate(_parameters(self._optimizer)):
-            if p.grad is None:
-                continue
-            _check_own_length(p, f"parameter {i}")
-            w, g = stop_gradient(p), stop_gradient(p.grad)
-            _check(w, g, f"parameter {i}", f"the gradient of parameter {i}")
-            own.append((p, p.grad))
-        new = self._rescaled(own, config)
-        self._own = own
-        for p, g in new.items():
-            p.grad = g
-
-    def _rescaled(self, own: list[tuple[Any, Any]], config: Config) -> dict[Any, Any]:
-        """Return the rescaled gradients by parameter, one kind after the other."""
-        here = {p: _held_here(g, p) for p, g in own}
-        layers = [p for p in _parameters(self._optimizer) if _is_sharded(p)]
-        lengths = _lengths_together(layers, here) if layers else ()
-        rows = {p: row for row, p in enumerate(layers)}
-        kinds: dict[Any, list[Any]] = {}
-        for p, g in here.items():
-            kinds.setdefault((p in rows, p.device, p.dtype, g.dtype), []).append(p)
-        new = {}
-        for (sharded, *_), kind in kinds.items():
-            w, g = [_held_here(p, p) for p in kind], [here[p] for p in kind]
-            norms = None
-            if sharded:
-                norms = [column[[rows[p] for p in kind]] for column in lengths]
-            scale = _loss_scale(self._optimizer, kind[0])
-            new |= zip(kind, _rescaled(w, g, config, scale, norms), strict=True)
-        return {p: _placed_as(p, g) for p, g in new.items()}
-
-    def put_back(self) -> None:
-        """Restore the optimizer's own gradients; those that were dropped stay so."""
-        for p, g in self._own:
-            if p.grad is not None:
-                p.grad = g
-        self._own = []
-
-
-def _rescaled(
-    weights: list[Any], gradients: list[Any], config: Config, scale: Any, norms: Any
-) -> list[Any]:
-    """Return new gradients of one kind, by the native engine where it takes them."""
-    if isinstance(scale, float) and scale == 1.0 and native.fits(weights[0]):
-        results = [empty_like(g) for g in gradients]
-        if _rescale_natively(weights, gradients, results, config, norms):
-            return results
-    of_layers = repeat(None) if norms is None else zip(*norms, strict=True)
-    rows = zip(weights, gradients, of_layers, strict=False)
-    return [scaled_gradient(w, g, config, scale, lengths) for w, g, lengths in rows]
-
-
-def _rescale_natively(
-    weights: list[Any],
-    gradients: list[Any],
-    results: list[Any],
-    config: Config,
-    norms: Any = None,
-) -> bool:
-    """Write the rescaled gradients in C++; False where that cannot be."""
-    nothing = [None] * len(weights)
-    try:
-        group = native.Group(weights, gradients, nothing, results, rescales=True)
-    except Unfit:
-        return False
-    group.rescale_(config, norms)
-    return True
-
-
-def _is_sharded(x: Any) -> bool:
-    return type(x).__name__ == "DTensor"
-
-
-def _held_here(x: Any, layer: Any) -> Any:
-    """Return what this process holds of `x`, placed as `layer` is."""
-    x = stop_gradient(x)
-    if not _is_sharded(layer):
-        return x
-    from larskit.norms import dtensor
-
-    return dtensor.shard(x, layer)
-
-
-def _placed_as(layer: Any, shard: Any) -> Any:
-    """Return a tensor of the kind of `layer`, of which this process holds `shard`."""
-    if not _is_sharded(layer):
-        return shard
-    from larskit.norms import dtensor
-
-    return dtensor.assemble(shard, layer)
-
-
-def _lengths_together(layers: list[Any], gradients: dict[Any, Any]) -> Any:
-    """Return the lengths of sharded layers and of their gradients, as two columns.
-
-    A layer without a gradient in this process takes part, with zeros.
-    """
-    from larskit.norms import dtensor
-
-    shards = [_held_here(p, p) for p in layers] + [gradients.get(p) for p in layers]
-    found = dtensor.lengths(shards, layers * 2, _lengths)
-    return found.reshape(2, len(layers))
-
-
-def _lengths(shards: list[Any]) -> Any:
-    try:
-        return native.lengths(shards)
-    except Unfit:
-        found = [norm(x) for x in shards]
-        return namespace(found[0]).stack(found)
-
-
-def _parameters(optimizer: Any) -> list[Any]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _loss_scale(optimizer: Any, p: Any) -> Any:
-    """Return what GradScaler left the gradient of `p` multiplied by."""
-    scale = None
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        scale = getattr(optimizer, "grad_scale", None)
-    return 1.0 if scale is None else scale.to(p.device, non_blocking=True)
-
-
-def _check(w: Any, g: Any, w_name: str, g_name: str) -> None:
-    """Refuse what cannot be rescaled, before anything changes."""
-    for x, name in ((w, w_name), (g, g_name)):
-        if not is_array(x):
-            raise TypeError(f"{name} is a {type(x).__name__}, expected an array")
-        check_floating(x, name)
-    if tuple(g.shape) != tuple(w.shape):
-        raise ValueError(
-            f"{g_name} has the shape {tuple(g.shape)}, expected that of {w_name}, "
-            f"{tuple(w.shape)}"
-        )
-    if _mesh(w) != _mesh(g):
-        raise TypeError(
-            f"{g_name} is a {type(g).__name__} on the mesh {_mesh(g)}, but {w_name} a "
-            f"{type(w).__name__} on {_mesh(w)}: distribute both over one mesh"
-        )
-
-
-def _mesh(x: Any) -> Any:
-    return x.device_mesh if _is_sharded(x) else None
-
-
-def _check_own_length(p: Any, name: str) -> None:
-    """Refuse a torch parameter whose length the processes cannot find."""
-    if _is_sharded(p) and any(placement.is_partial() for placement in p.placements):
-        raise TypeError(
-            f"{name} is a DTensor placed as {p.placements}: a sum that is not complete "
-            "has no length; shard or replicate it"
-        )
-    if getattr(p, "_fsdp_flattened", False):  # also with use_orig_params=True
-        raise TypeError(
-            f"{name} is part of FSDP1's flat parameter, in which layers lie end to end "
-            "and are cut anywhere, so that none has its own length here: use "
-            "fully_shard (FSDP2)"
-        )

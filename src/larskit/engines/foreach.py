@@ -1,9 +1,11 @@
 """The rule on whole lists of torch tensors, through torch's multi-tensor functions.
 
 It may fuse a multiplication with an addition where the reference does not, so the two
-agree to 2 ulp of the larger operand a step.
+agree to 2 ulp of the larger operand in each step.
 """
 
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,47 +14,214 @@ from torch import Tensor
 from larskit import rule
 from larskit.arrays import norm_dtype, scalar
 from larskit.config import Config, is_number, is_zero
-from larskit.rule import Lengths
+from larskit.engines import contract
+from larskit.engines.conditional import (
+    beside,
+    check_capture,
+    config_beside,
+    dampens_first,
+    unscaled,
+)
+from larskit.engines.contract import DEFAULT, Arrays, Layers, Switches, Unsupported
+from larskit.rule import LayerStats, Norms
 
 Tensors = list[Tensor]
+Buffers = list[Tensor | None]
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def lengths(arrays: Tensors) -> Tensor:
-    """Return the length of each tensor, as a wide 1-d tensor."""
-    dtype = getattr(torch, norm_dtype(arrays[0]))
-    return torch.stack(torch._foreach_norm(_real(arrays), 2, dtype))
+def unavailable() -> str | None:
+    """Return None: this engine needs torch alone, which this module has imported."""
+    return None
 
 
-def step_(
-    weights: Tensors,
-    gradients: Tensors,
-    buffers: list[Any],
-    lr: Any,
+def bind(
+    layers: Layers,
     config: Config,
-    norms: tuple[Tensor, Tensor] | None = None,
-) -> Lengths:
-    """Move `weights` and `buffers` in place, see `larskit.engines`."""
-    narrow = _real(weights)
-    w, g = _widen(narrow), _widen(_real(gradients))
-    lr = scalar(lr, w[0])
-    v = [None if buffer is None else _real([buffer])[0] for buffer in buffers]
-    move = _move_along_buffer if config.denominator == "momentum" else _move
-    y, new_v, found = move(w, g, v, lr, config, norms)
-    if not is_zero(config.momentum):
-        _store(buffers, new_v, weights)
-    torch._foreach_sub_(w, y)
-    if w is not narrow:
-        torch._foreach_copy_(narrow, w)
+    switches: Switches = DEFAULT,
+    *,
+    scales_gradients: bool = False,
+    former: Iterable[contract.Group] = (),
+) -> "Group":
+    """Bind layers of torch tensors, see `larskit.engines.contract.Engine`."""
+    del config, former
+    if switches.carry_norms:
+        raise Unsupported("the foreach engine carries no norms over")
+    if switches.differentiable:
+        raise Unsupported("autograd cannot record the steps of the foreach engine")
+    if layers.out is not None and not scales_gradients:
+        raise Unsupported("the foreach engine moves weights in place only")
+    if not switches.foreach:
+        for i, w in enumerate(layers.weights):
+            if type(w) not in _PLAIN:
+                raise Unsupported(
+                    f"weight {i} is a {type(w).__name__}, no plain tensor"
+                )
+    return Group(layers, switches)
+
+
+class Group:
+    """Layers that are processed together, those of equal flags at a time."""
+
+    captured = False
+
+    def __init__(self, layers: Layers, switches: Switches) -> None:
+        """Hold the tensors, and divide the layers by whether they adapt and decay."""
+        self._layers, self._switches = layers, switches
+        self._found: Any = None  # of the last step: its parts, and what they computed
+        self.weights: Tensors = list(layers.weights)
+        self.buffers: Buffers = list(layers.buffers)
+        self._parts: dict[tuple[bool, bool], list[int]] = {}
+        for i, flags in enumerate(zip(layers.adapt, layers.decay, strict=True)):
+            self._parts.setdefault(flags, []).append(i)
+
+    def rebind(self, gradients: Arrays) -> bool:
+        """Return False: everything is looked at again in each step."""
+        del gradients
+        return False
+
+    def check(self, lr: Any, config: Config) -> None:
+        """Refuse what a CUDA graph could not repeat."""
+        check_capture(self._layers, self.buffers, lr, config, self._switches)
+
+    def norms(self, config: Config, grad_scale: Any = None) -> Norms:
+        """Return the norms of each layer, as two vectors."""
+        parts = list(self._divided(config, grad_scale))
+        found = [_measure(part.w, _measured_gradients(part)) for part in parts]
+        return _assembled(parts, found)
+
+    def step_(
+        self,
+        lr: Any,
+        config: Config,
+        norms: Norms | None = None,
+        *,
+        grad_scale: Any = None,
+        apply_if: Any = True,
+        full_stats: bool = False,
+    ) -> None:
+        """Move the layers."""
+        lr, apply_if = (beside(x, self.weights[0]) for x in (lr, apply_if))
+        if dampens_first(self.buffers, config):
+            apply_if = bool(apply_if)
+        before = []
+        if isinstance(apply_if, Tensor):
+            self._make_buffers(config)
+            kept = [x for x in (*self.weights, *self.buffers) if x is not None]
+            before = [(x, x.clone()) for x in kept]
+        step = _step_ if apply_if is not False else _look
+        parts = list(self._divided(config, grad_scale, norms))
+        found = [step(part, scalar(lr, part.w[0]), full_stats) for part in parts]
+        for x, old in before:
+            x.copy_(x.where(apply_if, old))
+        for part in parts:
+            for i, v in zip(part.rows, part.buffers, strict=True):
+                self.buffers[i] = v
+        self._found = parts, found
+
+    @property
+    def stats(self) -> LayerStats:
+        """The statistics of the last step, as vectors."""
+        w_norms, q, ratios, *update_norms = _assembled(*self._found)
+        return LayerStats(
+            w_norms,
+            q,
+            ratios,
+            self._layers.adapt,
+            self._layers.decay,
+            update_norms[0] if update_norms else None,
+        )
+
+    def scale_gradients(
+        self, config: Config, norms: Norms | None = None, grad_scale: Any = None
+    ) -> Arrays:
+        """Return ``r*u`` for each layer, without waiting for the device."""
+        config = config_beside(config, self.weights[0])
+        scale = 1.0 if grad_scale is None else beside(grad_scale, self.weights[0])
+        scaled = replace(config, weight_decay=config.weight_decay * scale)
+        out = self._layers.gradients if self._layers.out is None else self._layers.out
+        results = [
+            torch.empty_like(g) if x is None else x
+            for g, x in zip(self._layers.gradients, out, strict=True)
+        ]
+        for part in self._divided(scaled, None, norms):
+            w_norms, q = part.norms or _measure(part.w, part.g)
+            unscaled_config = replace(part.config, weight_decay=config.weight_decay)
+            ratios = rule.trust_ratio(w_norms, q / scale, 0.0, unscaled_config)
+            u = _decayed(part.w, part.g, part.config)
+            factors = rule.rounded(ratios, part.w[0]).unbind()
+            _copy(torch._foreach_mul(u, factors), [results[i] for i in part.rows])
+        return results
+
+    def _divided(
+        self, config: Config, grad_scale: Any, norms: Norms | None = None
+    ) -> Iterator["_Part"]:
+        """Yield the layers whose flags are equal."""
+        config = config_beside(config, self.weights[0])
+        gradients = list(unscaled(self._layers.gradients, grad_scale))
+        for (adapt, decay), rows in self._parts.items():
+            own = replace(config, adapt=adapt, decay=decay)
+            known = (
+                None if norms is None else (_at(norms[0], rows), _at(norms[1], rows))
+            )
+            columns = self.weights, gradients, self.buffers
+            yield _Part(rows, *([x[i] for i in rows] for x in columns), own, known)
+
+    def _make_buffers(self, config: Config) -> None:
+        """Make the missing buffers, so that all of them can be put back."""
+        if not is_zero(config.momentum):
+            pairs = zip(self.weights, self.buffers, strict=True)
+            self.buffers = [torch.zeros_like(w) if v is None else v for w, v in pairs]
+
+
+class _Part:
+    """Layers of equal flags, and real float32 or float64 tensors of them."""
+
+    def __init__(
+        self,
+        rows: list[int],
+        weights: Tensors,
+        gradients: Tensors,
+        buffers: Buffers,
+        config: Config,
+        norms: Norms | None,
+    ) -> None:
+        self.rows, self.weights, self.buffers = rows, weights, buffers
+        self.config, self.norms = config, norms
+        self.gradients = gradients
+        self.w, self.g = _widen(_real(weights)), _widen(_real(gradients))
+        self.v = [None if v is None else _real([v])[0] for v in buffers]
+
+
+def _step_(part: _Part, lr: Any, full_stats: bool) -> tuple[Tensor, ...]:
+    """Move layers, and return their statistics."""
+    move = _along_buffer if part.config.denominator == "momentum" else _along_gradient
+    y, new_v, found = move(part, lr)
+    if full_stats:
+        found = (*found, _norms(y))
+    if not is_zero(part.config.momentum):
+        _store(part.buffers, new_v, part.weights)
+    torch._foreach_sub_(part.w, y)
+    _copy(part.w, part.weights)
     return found
 
 
-def _move(
-    w: Tensors, g: Tensors, v: list[Any], lr: Any, config: Config, norms: Any
-) -> tuple[Tensors, Tensors, Lengths]:
-    """Return what to subtract from the weights, the new buffers and the lengths."""
+def _look(part: _Part, lr: Any, full_stats: bool) -> tuple[Tensor, ...]:
+    """Return the statistics of a step that is not taken."""
+    w_norms, q = part.norms or _measure(part.w, _measured_gradients(part))
+    found = w_norms, q, rule.trust_ratio(w_norms, q, lr, part.config)
+    return (*found, torch.zeros_like(w_norms)) if full_stats else found
+
+
+def _along_gradient(
+    part: _Part, lr: Any
+) -> tuple[Tensors, Tensors, tuple[Tensor, ...]]:
+    """Return what to subtract from the weights, the new buffers and the statistics."""
+    w, g, config = part.w, part.g, part.config
     u = _decayed(w, g, config)
-    measured = u if config.denominator == "decayed_gradient" else g
-    w_norms, q = norms or (lengths(w), lengths(measured))
+    w_norms, q = part.norms or _measure(
+        w, u if config.denominator == "decayed_gradient" else g
+    )
     ratio = rule.trust_ratio(w_norms, q, lr, config)
     inside = config.lr_placement == "inside"
     scale = rule.rounded(ratio, w[0])
@@ -62,27 +231,66 @@ def _move(
     else:
         torch._foreach_mul_(u, factors)
         x = u
-    y, new_v = _accumulate(v, x, config)
+    y, new_v = _accumulate(part.v, x, config)
     if not inside:
         y = torch._foreach_mul(y, lr)
-    return list(y), new_v, Lengths(w_norms, q, ratio)
+    return list(y), new_v, (w_norms, q, ratio)
 
 
-def _move_along_buffer(
-    w: Tensors, g: Tensors, v: list[Any], lr: Any, config: Config, norms: Any
-) -> tuple[Tensors, Tensors, Lengths]:
-    """Do what `_move` does where the ratio is taken on the updated buffer."""
-    u = _decayed(w, g, config)
-    v = [torch.zeros_like(x) if v is None else v for x, v in zip(u, v, strict=True)]
-    y, new_v = _accumulate(v, u, config)
-    w_norms, q = norms or (lengths(w), lengths(y))
-    ratio = rule.trust_ratio(w_norms, q, lr, config)
-    scale = lr * rule.rounded(ratio, w[0])
+def _along_buffer(part: _Part, lr: Any) -> tuple[Tensors, Tensors, tuple[Tensor, ...]]:
+    """Do what `_along_gradient` does where q is the norm of the updated buffer."""
+    u = _decayed(part.w, part.g, part.config)
+    zeros = zip(u, part.v, strict=True)
+    v = [torch.zeros_like(x) if v is None else v for x, v in zeros]
+    y, new_v = _accumulate(v, u, part.config)
+    w_norms, q = part.norms or _measure(part.w, y)
+    ratio = rule.trust_ratio(w_norms, q, lr, part.config)
+    factors = (lr * rule.rounded(ratio, part.w[0])).unbind()
+    return list(torch._foreach_mul(y, factors)), new_v, (w_norms, q, ratio)
+
+
+def _measured_gradients(part: _Part) -> Tensors:
+    if part.config.denominator in ("paper", "gradient"):
+        return part.g
+    rows = zip(part.weights, part.gradients, part.buffers, strict=True)
+    return [rule.measured_gradient(*row, part.config) for row in rows]
+
+
+def _measure(w: Tensors, measured: Tensors) -> Norms:
+    return _norms(w), _norms(measured)
+
+
+def _norms(tensors: Tensors) -> Tensor:
+    dtype = getattr(torch, norm_dtype(tensors[0]))
+    return torch.stack(torch._foreach_norm(_real(tensors), 2, dtype))
+
+
+def _assembled(parts: list[_Part], found: list[Any]) -> tuple[Tensor, ...]:
+    """Return vectors in the order of the layers, from those of the parts."""
+    if len(parts) == 1:
+        return tuple(found[0])
+    order = [i for part in parts for i in part.rows]
+    columns = []
+    for vectors in zip(*found, strict=True):
+        numbers = [x for vector in vectors for x in vector.unbind()]
+        rows = sorted(zip(order, numbers, strict=True), key=lambda row: row[0])
+        columns.append(torch.stack([x for _, x in rows]))
+    return tuple(columns)
+
+
+def _at(vector: Tensor, rows: list[int]) -> Tensor:
+    """Return some elements: each is a view, so that no index goes to the device."""
     return (
-        list(torch._foreach_mul(y, scale.unbind())),
-        new_v,
-        Lengths(w_norms, q, ratio),
+        vector if len(rows) == len(vector) else torch.stack([vector[i] for i in rows])
     )
+
+
+def _copy(tensors: Any, receivers: Tensors) -> None:
+    """Copy what is not in its receivers already."""
+    receivers = _real(receivers)
+    pairs = zip(tensors, receivers, strict=True)
+    if any(x is not receiver for x, receiver in pairs):
+        torch._foreach_copy_(receivers, list(tensors))
 
 
 def _decayed(w: Tensors, g: Tensors, config: Config) -> Tensors:
@@ -118,7 +326,7 @@ def _accumulate(v: list[Any], x: Tensors, config: Config) -> tuple[Tensors, Tens
 
 
 def _store(buffers: list[Any], new_v: Tensors, weights: Tensors) -> None:
-    """Keep the buffers that are not kept yet: new ones, and those of a narrow dtype."""
+    """Keep the buffers that are not kept yet: new ones, and those of low precision."""
     for i, (buffer, new) in enumerate(zip(buffers, new_v, strict=True)):
         if weights[i].is_complex():
             new = torch.view_as_complex(new)

@@ -1,39 +1,186 @@
-"""The rule applied leaf by leaf, to any array that can be written: the oracle."""
+"""The rule, layer by layer, on arrays of any framework: what the others must equal."""
 
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 from larskit import rule
-from larskit.arrays import namespace, write
-from larskit.config import Config, is_number
-from larskit.rule import Lengths
+from larskit.arrays import namespace, stop_gradient, write
+from larskit.config import Config, is_zero
+from larskit.engines import contract
+from larskit.engines.conditional import (
+    beside,
+    check_capture,
+    config_beside,
+    dampens_first,
+    unscaled,
+)
+from larskit.engines.contract import (
+    DEFAULT,
+    Array,
+    Arrays,
+    Layers,
+    Switches,
+    Unsupported,
+)
+from larskit.norm import norm
+from larskit.rule import LayerStats, Norms
 
 
-def lengths(arrays: list[Any]) -> Any:
-    """Return the length of each array, as a wide 1-d array."""
-    return _stack([rule.norm(x) for x in arrays])
+def unavailable() -> str | None:
+    """Return None: this engine needs nothing."""
+    return None
 
 
-def step_(
-    weights: list[Any],
-    gradients: list[Any],
-    buffers: list[Any],
-    lr: Any,
+def bind(
+    layers: Layers,
     config: Config,
-    norms: tuple[Any, Any] | None = None,
-) -> Lengths:
-    """Move `weights` and `buffers` in place, see `larskit.engines`."""
-    measured = []
-    for i, (w, g, v) in enumerate(zip(weights, gradients, buffers, strict=True)):
-        known = None if norms is None else (norms[0][i], norms[1][i])
-        new_w, new_v, found = rule.update(w, g, v, lr, config, known)
-        write(w, new_w, "a weight")
-        if v is not None:
+    switches: Switches = DEFAULT,
+    *,
+    scales_gradients: bool = False,
+    former: Iterable[contract.Group] = (),
+) -> "Group":
+    """Bind layers of any framework, see `larskit.engines.contract.Engine`."""
+    del config, scales_gradients, former
+    if switches.carry_norms:
+        raise Unsupported("the reference engine carries no norms over")
+    return Group(layers, switches)
+
+
+class Group:
+    """Layers that are processed one after the other, in place or into new arrays."""
+
+    captured = False
+
+    def __init__(self, layers: Layers, switches: Switches) -> None:
+        """Hold the arrays."""
+        self._layers, self._switches = layers, switches
+        self._records = switches.differentiable and layers.out is None
+        self._stats: list[LayerStats] = []
+        self.weights: list[Array] = list(layers.weights)
+        self.buffers: list[Array | None] = list(layers.buffers)
+
+    def rebind(self, gradients: Arrays) -> bool:
+        """Return False: everything is looked at again in each step."""
+        del gradients
+        return False
+
+    def check(self, lr: Any, config: Config) -> None:
+        """Refuse what a CUDA graph could not repeat."""
+        check_capture(self._layers, self.buffers, lr, config, self._switches)
+
+    def norms(self, config: Config, grad_scale: Any = None) -> Norms:
+        """Return the norms of each layer, as two vectors."""
+        found = [rule.measure(*row) for row in self._rows(config, grad_scale)]
+        w_norms, q = zip(*found, strict=True)
+        return _stack(w_norms), _stack(q)
+
+    def step_(
+        self,
+        lr: Any,
+        config: Config,
+        norms: Norms | None = None,
+        *,
+        grad_scale: Any = None,
+        apply_if: Any = True,
+        full_stats: bool = False,
+    ) -> None:
+        """Move the layers one after the other."""
+        lr, apply_if = (beside(x, self.weights[0]) for x in (lr, apply_if))
+        if dampens_first(self.buffers, config):
+            apply_if = bool(apply_if)
+        self._stats = []
+        rows = zip(self._rows(config, grad_scale), _each(norms), strict=False)
+        with self._recording():
+            for i, ((w, g, v, own), known) in enumerate(rows):
+                y, new_v, stats = rule.displacement(w, g, v, lr, own, known)
+                if full_stats:
+                    stats = stats._replace(update_norm=norm(y))
+                self._stats.append(stats)
+                if apply_if is not False:
+                    new_v = None if v is None and is_zero(own.momentum) else new_v
+                    self._keep(i, *_applied(apply_if, w, v, rule.moved(w, y), new_v))
+        if self._layers.out is not None:
+            self.weights = _written(self._layers.out, self.weights)
+
+    @property
+    def stats(self) -> LayerStats:
+        """The statistics of the last step, as vectors."""
+        w_norms, q, ratios, _, _, update_norms = zip(*self._stats, strict=True)
+        return LayerStats(
+            *map(_stack, (w_norms, q, ratios)),
+            adapted=self._layers.adapt,
+            decayed=self._layers.decay,
+            update_norm=None if None in update_norms else _stack(update_norms),
+        )
+
+    def scale_gradients(
+        self, config: Config, norms: Norms | None = None, grad_scale: Any = None
+    ) -> Arrays:
+        """Return ``r*u`` for each layer."""
+        scale = 1.0 if grad_scale is None else beside(grad_scale, self.weights[0])
+        rows = zip(self._rows(config), _each(norms), strict=False)
+        new = [
+            rule.scaled_gradient(w, g, own, scale, known)
+            for (w, g, _, own), known in rows
+        ]
+        out = self._layers.gradients if self._layers.out is None else self._layers.out
+        return _written(out, new)
+
+    def _rows(self, config: Config, grad_scale: Any = None) -> Iterator[Any]:
+        """Yield the weights, gradient, buffer and configuration of each layer."""
+        layers = self._layers
+        config = config_beside(config, self.weights[0])
+        flags = list(zip(layers.adapt, layers.decay, strict=True))
+        own = {flag: replace(config, adapt=flag[0], decay=flag[1]) for flag in flags}
+        gradients = unscaled(layers.gradients, grad_scale)
+        for i, flag in enumerate(flags):
+            w = self.weights[i]
+            if self._records:  # which must not see the weights written
+                w = w.clone()
+            yield w, gradients[i], self.buffers[i], own[flag]
+
+    def _keep(self, i: int, new_w: Array, new_v: Array | None) -> None:
+        """Write what a layer became, or hold it where nothing may be written."""
+        w, v = self.weights[i], self.buffers[i]
+        in_place = self._layers.out is None
+        self.weights[i] = write(w, new_w, "a weight") if in_place else new_w
+        if v is None or not in_place or self._switches.differentiable:
+            self.buffers[i] = new_v
+        else:
             write(v, new_v, "a momentum buffer")
-        elif not (is_number(config.momentum) and config.momentum == 0):
-            buffers[i] = new_v
-        measured.append(found)
-    return Lengths(*(_stack(list(column)) for column in zip(*measured, strict=True)))
+
+    def _recording(self) -> Any:
+        """Have autograd record a step that is taken in place, if it must."""
+        return sys.modules["torch"].enable_grad() if self._records else nullcontext()
 
 
-def _stack(scalars: list[Any]) -> Any:
-    return namespace(scalars[0]).stack(scalars)
+def _each(norms: Norms | None) -> Iterator[Any]:
+    return repeat(None) if norms is None else zip(*norms, strict=True)
+
+
+def _applied(
+    apply_if: Any, w: Array, v: Array | None, new_w: Array, new_v: Array | None
+) -> tuple[Array, Array | None]:
+    """Return the new weights and buffer, or the old where an array of bool says so."""
+    if apply_if is True:
+        return new_w, new_v
+    xp = namespace(w)
+    if new_v is not None:
+        new_v = xp.where(apply_if, new_v, xp.zeros_like(new_v) if v is None else v)
+    return xp.where(apply_if, new_w, w), new_v
+
+
+def _written(out: contract.Buffers, new: list[Array]) -> list[Array]:
+    """Write the results, all of which are there, into the arrays that receive them."""
+    return [
+        x if receiver is None else write(receiver, x, "out")
+        for receiver, x in zip(out, new, strict=True)
+    ]
+
+
+def _stack(scalars: Any) -> Array:
+    return namespace(scalars[0]).stack(list(map(stop_gradient, scalars)))

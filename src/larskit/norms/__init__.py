@@ -1,5 +1,63 @@
-"""How lengths are found when a layer is sharded over processes or devices.
+"""The norms of layers that are sharded over processes or devices.
 
-A norm takes the shards that are here and the layers they belong to, and returns the
-lengths of the whole layers as a wide 1-d array.
+`dtensor` has those of torch, `mesh` those of JAX inside `jax.shard_map`.
 """
+
+from typing import Any
+
+from larskit.arrays import check_floating, is_array
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether `x` is a DTensor of torch: a shard of a layer, or a replica."""
+    return type(x).__name__ == "DTensor"
+
+
+def check_layer(p: Any, name: str) -> None:
+    """Refuse a torch parameter whose norm cannot be computed.
+
+    Raises
+    ------
+    TypeError
+        It is part of FSDP1's flat parameter, or a Partial DTensor.
+    """
+    if is_sharded(p) and any(placement.is_partial() for placement in p.placements):
+        raise TypeError(
+            f"{name} is a DTensor placed as {p.placements}, and a Partial tensor has "
+            "no norm before it is reduced: shard or replicate it"
+        )
+    if getattr(p, "_fsdp_flattened", False):  # also with use_orig_params=True
+        raise TypeError(
+            f"{name} is part of FSDP1's flat parameter, which concatenates layers and "
+            "cuts them anywhere, so that no layer has a norm of its own: use "
+            "fully_shard (FSDP2)"
+        )
+
+
+def check_gradient(w: Any, g: Any, w_name: str, g_name: str) -> None:
+    """Refuse a gradient that does not belong to its weights.
+
+    Raises
+    ------
+    TypeError, ValueError
+        One of them is no array of a floating dtype, or they differ in shape or in the
+        mesh that they are distributed over.
+    """
+    for x, name in ((w, w_name), (g, g_name)):
+        if not is_array(x):
+            raise TypeError(f"{name} is a {type(x).__name__}, expected an array")
+        check_floating(x, name)
+    if tuple(g.shape) != tuple(w.shape):
+        raise ValueError(
+            f"{g_name} has the shape {tuple(g.shape)}, expected that of {w_name}, "
+            f"{tuple(w.shape)}"
+        )
+    if _mesh(w) != _mesh(g):
+        raise TypeError(
+            f"{g_name} is a {type(g).__name__} on the mesh {_mesh(g)}, but {w_name} a "
+            f"{type(w).__name__} on {_mesh(w)}: distribute both over one mesh"
+        )
+
+
+def _mesh(x: Any) -> Any:
+    return x.device_mesh if is_sharded(x) else None

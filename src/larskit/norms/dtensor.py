@@ -1,10 +1,10 @@
-"""The lengths of torch's sharded layers, with one all-reduce for a whole mesh.
+"""The norms of torch's sharded layers, with one all-reduce for a whole mesh.
 
-Every process adds up the squares of its own shards. A layer has a slot of its own in
-what is reduced, whether this process holds something of it or not.
+A layer has a slot of its own in what is reduced, whether this process holds a shard of
+it or not: the processes then always agree on what they reduce.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,39 +14,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from larskit.arrays import norm_dtype
-from larskit.layout import integers
+from larskit.engines import integers
 
 
-def lengths(
-    shards: Sequence[Tensor | None],
-    layers: Sequence[DTensor],
-    local: Callable[[list[Tensor]], Tensor],
-) -> Tensor:
-    """Return the length of each layer, as a wide 1-d tensor.
+class ShardedNorms:
+    """Sharded layers whose norms the processes compute together.
 
-    Parameters
-    ----------
-    shards : sequence of Tensor or None
-        What this process holds of what is measured, placed as the layer is; None counts
-        as zeros.
-    layers : sequence of DTensor
-        The parameters that the shards belong to, in the same order on every process.
-    local : callable
-        An engine's ``lengths``, for the shards.
-    """
-    together = Together(layers)
-    own = together.zeros()
-    here = [i for i, x in enumerate(shards) if x is not None]
-    if here:
-        found = local([x for x in shards if x is not None])
-        own[integers(here, own.device)] = found
-    return together.completed(own)
-
-
-class Together:
-    """Layers whose lengths processes find together.
-
-    What that takes on their device is kept, so that `completed` waits for nothing.
+    Every process contributes the norms of its own shards; one all-reduce for each mesh
+    adds up their squares. Indices and masks are kept on the device of the layers, so
+    that `all_reduce` waits for nothing.
 
     Parameters
     ----------
@@ -69,17 +45,18 @@ class Together:
             self._meshes.append((mesh, tuple(sorted(dims)), index, mask > 0))
 
     def zeros(self) -> Tensor:
-        """Return a length of zero for each layer."""
-        return torch.zeros(self._count, dtype=self._dtype, device=self.device)
+        """Return ``(|w|, q)`` of zero for each layer, as two rows."""
+        shape = 2, self._count
+        return torch.zeros(shape, dtype=self._dtype, device=self.device)
 
-    def completed(self, own: Tensor) -> Tensor:
-        """Return the length of each layer, given those of what this process holds."""
+    def all_reduce(self, own: Tensor) -> Tensor:
+        """Return the norms of whole layers, given those of the shards held here."""
         found = torch.empty_like(own)
         for mesh, dims, index, counted in self._meshes:
-            squares = (own[index] ** 2).where(counted, 0.0)
+            squares = (own.index_select(1, index) ** 2).where(counted, 0.0)
             for group in _groups(mesh, dims):
                 dist.all_reduce(squares, group=group)
-            found[index] = squares.sqrt()
+            found.index_copy_(1, index, squares.sqrt())
         return found
 
 

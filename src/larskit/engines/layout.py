@@ -7,10 +7,7 @@ from typing import Any
 import numpy as np
 
 from larskit.arrays import dtype_name, framework, namespace
-
-
-class Unfit(RuntimeError):
-    """A kernel cannot step these layers; the message says why."""
+from larskit.engines.contract import Unsupported
 
 
 def check(
@@ -39,19 +36,19 @@ def check(
 
     Raises
     ------
-    Unfit
+    Unsupported
         Naming the array and what is wrong with it.
     """
     for i, (x, w) in enumerate(zip(arrays, weights, strict=True)):
         if x is None:
             continue
-        if why := fault(x, w, device) or (written and _unwritable(x)):
-            raise Unfit(f"{what} {i} {why}")
+        if why := reason(x, w, device) or (written and _unwritable(x)):
+            raise Unsupported(f"{what} {i} {why}")
         if dtype_name(x) != dtype:
-            raise Unfit(f"{what} {i} is {dtype_name(x)}, expected {dtype}")
+            raise Unsupported(f"{what} {i} is {dtype_name(x)}, expected {dtype}")
 
 
-def fault(x: Any, w: Any, device: str = "cpu") -> str | None:
+def reason(x: Any, w: Any, device: str = "cpu") -> str | None:
     """Say why a kernel cannot read an array by its address beside the weights `w`.
 
     It must lie densely, its elements in the order in which those of the weights lie.
@@ -59,7 +56,7 @@ def fault(x: Any, w: Any, device: str = "cpu") -> str | None:
     if framework(x) != framework(w):
         return f"is a {type(x).__name__}, its weight a {type(w).__name__}"
     if framework(x) == "torch":
-        why = _tensor_fault(x, device)
+        why = _tensor_reason(x, device)
     elif isinstance(x, np.ndarray):
         why = None if x.flags.aligned and x.dtype.isnative else "is not aligned"
     else:
@@ -75,7 +72,7 @@ def fault(x: Any, w: Any, device: str = "cpu") -> str | None:
     return None if order == _order(w) else "lies in memory otherwise than its weight"
 
 
-def kept_buffers(
+def new_buffers(
     weights: Sequence[Any], buffers: Sequence[Any], keep: bool
 ) -> list[Any]:
     """Return the buffers that a step in place leaves; make the missing, if to keep."""
@@ -106,27 +103,7 @@ def size(x: Any) -> int:
     return x.size if isinstance(x, np.ndarray) else x.numel()
 
 
-def integers(values: Sequence[int], device: Any) -> Any:
-    """Return whole numbers as a torch tensor, without waiting for its device.
-
-    While a CUDA graph is captured they become part of it, by value: a copy would read
-    host memory anew whenever the graph is replayed.
-    """
-    torch = sys.modules["torch"]
-    if not is_capturing(device):
-        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
-    x = torch.zeros(len(values), dtype=torch.int64, device=device)
-    torch._foreach_add_(list(x), [int(value) for value in values])
-    return x
-
-
-def is_capturing(device: Any) -> bool:
-    """Whether what a torch device is given to do goes into a CUDA graph."""
-    cuda = sys.modules["torch"].cuda
-    return device.type == "cuda" and cuda.is_current_stream_capturing()
-
-
-def _tensor_fault(x: Any, device: str) -> str | None:
+def _tensor_reason(x: Any, device: str) -> str | None:
     torch = sys.modules["torch"]
     if type(x) not in (torch.Tensor, torch.nn.Parameter):
         return f"is a {type(x).__name__}, no plain tensor"

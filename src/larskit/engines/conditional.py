@@ -1,0 +1,92 @@
+"""What loss scaling, skipped steps and CUDA graphs ask of the engines of torch."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from larskit.arrays import framework
+from larskit.config import Config, is_zero
+from larskit.engines.contract import Array, Arrays, Buffers, Layers, Switches
+
+
+def beside(x: Any, like: Array) -> Any:
+    """Return `x`, a tensor on the device of `like`; what is no tensor as it is."""
+    if not _is_tensor(x) or x.device == like.device:
+        return x
+    return x.to(like.device, non_blocking=True)
+
+
+def config_beside(config: Config, like: Array) -> Config:
+    """Return `config` with its tensors on the device of `like`."""
+    values = vars(config)
+    if not any(map(_is_tensor, values.values())):
+        return config
+    return Config(**{name: beside(x, like) for name, x in values.items()})
+
+
+def unscaled(gradients: Arrays, grad_scale: Any) -> Arrays:
+    """Return new gradients, divided by the scale of the loss."""
+    if grad_scale is None:
+        return gradients
+    torch = sys.modules["torch"]
+    inverse = beside(grad_scale, gradients[0]).double().reciprocal().float()
+    return torch._foreach_mul(list(gradients), inverse)
+
+
+def dampens_first(buffers: Buffers, config: Config) -> bool:
+    """Whether a first buffer is not what one of zeros would become.
+
+    The host must then know whether a step is taken, so that a layer whose first step
+    was left out has no buffer yet.
+    """
+    if is_zero(config.momentum) or is_zero(config.dampening):
+        return False
+    return any(v is None for v in buffers)
+
+
+def is_capturing(device: Any) -> bool:
+    """Whether the work that a torch device is given goes into a CUDA graph."""
+    cuda = sys.modules["torch"].cuda
+    return device.type == "cuda" and cuda.is_current_stream_capturing()
+
+
+def integers(values: Sequence[int], device: Any) -> Array:
+    """Return whole numbers as a torch tensor, without waiting for its device.
+
+    While a CUDA graph is captured they become part of it, by value: a copy would read
+    host memory again whenever the graph is replayed.
+    """
+    torch = sys.modules["torch"]
+    if not is_capturing(device):
+        return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+    x = torch.zeros(len(values), dtype=torch.int64, device=device)
+    torch._foreach_add_(list(x), [int(value) for value in values])
+    return x
+
+
+def check_capture(
+    layers: Layers, buffers: Buffers, lr: Any, config: Config, switches: Switches
+) -> None:
+    """Refuse a step that a CUDA graph could not repeat, see `contract.Group.check`."""
+    w = layers.weights[0]
+    if switches.capturable and _is_tensor(lr) and lr.device != w.device:
+        raise RuntimeError(
+            f"capturable=True, but lr is on the device {lr.device}, where a captured "
+            f"step would read it only once: move it to {w.device}"
+        )
+    if framework(w) != "torch" or not is_capturing(w.device):
+        return
+    if not switches.capturable:
+        raise RuntimeError(
+            "the step is being captured in a CUDA graph, but capturable=False: make "
+            "the optimizer with capturable=True"
+        )
+    if not is_zero(config.momentum) and any(v is None for v in buffers):
+        raise RuntimeError(
+            "the step is being captured in a CUDA graph before there are momentum "
+            "buffers, which the first step makes: take one step before the capture"
+        )
+
+
+def _is_tensor(x: Any) -> bool:
+    return framework(x) == "torch"
