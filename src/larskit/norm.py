@@ -15,7 +15,7 @@ ROWS, LANES = 32, 32
 
 
 def norm(x: Any) -> Any:
-    """Return the Euclidean norm of all elements of `x`, as a 0-d array of `norm_dtype`."""
+    """Return the Euclidean norm of all elements of `x`, as a 0-d array."""
     return root(sum_of_squares(x))
 
 

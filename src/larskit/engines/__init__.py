@@ -13,7 +13,7 @@ from typing import Any
 
 from larskit.arrays import framework
 from larskit.config import Config
-from larskit.engines.conditional import dampens_first, integers
+from larskit.engines.conditional import integers
 from larskit.engines.contract import (
     DEFAULT,
     Engine,
@@ -24,6 +24,7 @@ from larskit.engines.contract import (
 )
 
 __all__ = [
+    "DEFAULT",
     "Engine",
     "Group",
     "Layers",
@@ -32,9 +33,9 @@ __all__ = [
     "array_scaler",
     "availability",
     "choose",
-    "dampens_first",
     "divides_grad_scale",
     "integers",
+    "is_traceable",
 ]
 
 NAMES = ("reference", "foreach", "native", "triton")
@@ -67,6 +68,10 @@ def choose(
     Unsupported
         With the reason of each engine that the switches permit. Nothing was written.
     """
+    if _is_traced(layers.weights[0]):
+        from larskit.engines import foreach  # its operations become part of the graph
+
+        return foreach.bind(layers, config, switches, scales_gradients=scales_gradients)
     reasons: dict[str, str] = {}
     for name in _candidates(layers.weights[0], switches):
         try:
@@ -99,6 +104,15 @@ def divides_grad_scale(x: Any, switches: Switches) -> bool:
     return bool(switches.fused) and _fused_engine(x) == "triton"
 
 
+def is_traceable(x: Any, switches: Switches) -> bool:
+    """Whether `torch.compile` may trace a step of `x`: if foreach is its engine."""
+    if switches.fused or switches.carry_norms or switches.differentiable:
+        return False
+    if switches.foreach is None:
+        return x.device.type != "cpu"  # where the native engine is the default
+    return switches.foreach
+
+
 def array_scaler(config: Config) -> Callable[[Any, Any], bool]:
     """Return a function that scales one NumPy gradient in place, without a group.
 
@@ -113,8 +127,6 @@ def _candidates(w: Any, switches: Switches) -> tuple[str, ...]:
     """Return the engines to try, in order."""
     if framework(w) != "torch":
         return "native", "reference"
-    if sys.modules["torch"].compiler.is_compiling():
-        return ("foreach",)  # the one whose operations become part of the graph
     if switches.fused or switches.carry_norms:
         return (_fused_engine(w),)
     if switches.differentiable or switches.foreach is False:
@@ -123,6 +135,10 @@ def _candidates(w: Any, switches: Switches) -> tuple[str, ...]:
         return ("foreach",)
     fused = () if switches.fused is False else (_fused_engine(w),)
     return (*fused, "foreach", "reference")
+
+
+def _is_traced(w: Any) -> bool:
+    return framework(w) == "torch" and sys.modules["torch"].compiler.is_compiling()
 
 
 def _fused_engine(w: Any) -> str:

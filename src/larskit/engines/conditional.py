@@ -33,15 +33,22 @@ def unscaled(gradients: Arrays, grad_scale: Any) -> Arrays:
     return torch._foreach_mul(list(gradients), inverse)
 
 
-def dampens_first(buffers: Buffers, config: Config) -> bool:
-    """Whether a first buffer is not what one of zeros would become.
+def decided(
+    apply_if: Any, layers: Layers, buffers: Buffers, config: Config, switches: Switches
+) -> Any:
+    """Return `apply_if` as a bool where the host may or must know it, else a tensor.
 
-    The host must then know whether a step is taken, so that a layer whose first step
-    was left out has no buffer yet.
+    It must where a first buffer would be dampened: one of zeros, which a step that the
+    device leaves out has to make, would be so in the next step.
     """
-    if is_zero(config.momentum) or is_zero(config.dampening):
-        return False
-    return any(v is None for v in buffers)
+    if not _is_tensor(apply_if):
+        return bool(apply_if)
+    starts = not is_zero(config.momentum) and any(v is None for v in buffers)
+    dampens_first = starts and not is_zero(config.dampening)
+    is_here = apply_if.device.type == "cpu" and not switches.capturable
+    if dampens_first or is_here:
+        return bool(apply_if)
+    return beside(apply_if, layers.weights[0])
 
 
 def is_capturing(device: Any) -> bool:

@@ -15,7 +15,7 @@ from larskit.engines.conditional import (
     beside,
     check_capture,
     config_beside,
-    dampens_first,
+    decided,
     unscaled,
 )
 from larskit.engines.contract import (
@@ -89,9 +89,9 @@ class Group:
         full_stats: bool = False,
     ) -> None:
         """Move the layers one after the other."""
-        lr, apply_if = (beside(x, self.weights[0]) for x in (lr, apply_if))
-        if dampens_first(self.buffers, config):
-            apply_if = bool(apply_if)
+        layers, switches = self._layers, self._switches
+        lr = beside(lr, self.weights[0])
+        apply_if = decided(apply_if, layers, self.buffers, config, switches)
         self._stats = []
         rows = zip(self._rows(config, grad_scale), _each(norms), strict=False)
         with self._recording():

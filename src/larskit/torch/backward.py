@@ -6,39 +6,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from larskit.rule import Lengths
-from larskit.torch.bucket import is_selected
-from larskit.torch.optimizer import LARS
-from larskit.torch.plan import PER_LAYER, Plan, name_of, policy_of
+from larskit.rule import LayerStats
+from larskit.torch.bucket import PER_LAYER, is_selected
+from larskit.torch.plan import Groups, name_of
+from larskit.torch.stepper import Stepper, policy_of
 
 
-class StepInBackward:
-    """An optimizer that steps in the backward pass, see `step_in_backward`.
+class StepInBackward(Stepper):
+    """Steps each parameter in the backward pass, see `step_in_backward`.
 
-    It is a context manager that takes the hooks off at its end.
+    It takes the place of the optimizer's own stepper. As a context manager it removes
+    itself at its end.
     """
 
-    def __init__(self, optimizer: LARS) -> None:
+    def __init__(self, optimizer: Any) -> None:
         """Watch every parameter."""
+        super().__init__()
         self._optimizer = optimizer
-        self._plans: dict[Tensor, Plan] = {}
-        self._stepped: dict[Tensor, Plan] = {}
-        self._last: list[Plan] = []
+        self._former = optimizer._stepper
+        self._steppers: dict[Tensor, Stepper] = {}
+        self._stepped: dict[Tensor, Stepper] = {}
+        self._last: list[Stepper] = []
         self._handles: list[Any] = []
         for index in range(len(optimizer.param_groups)):
-            self.watch(index)
+            self.group_added(index)
 
-    def watch(self, index: int) -> None:
+    def group_added(self, index: int) -> None:
         """Step the parameters of a group as their gradients become ready."""
         for row, p in enumerate(self._optimizer.param_groups[index]["params"]):
-            self._plans[p] = Plan()
-            hook = partial(self._step, index, row)
+            self._steppers[p] = Stepper()
+            hook = partial(self._step_one, index, row)
             self._handles.append(p.register_post_accumulate_grad_hook(hook))
 
     @torch.no_grad()
-    def _step(self, index: int, row: int, p: Tensor) -> None:
-        optimizer = self._optimizer
-        group = optimizer.param_groups[index]
+    def _step_one(self, index: int, row: int, p: Tensor) -> None:
+        group = self._optimizer.param_groups[index]
         name = name_of(index, group, row)
         if p in self._stepped:
             raise RuntimeError(
@@ -47,35 +49,45 @@ class StepInBackward:
                 "accumulated while they are used at once"
             )
         only = {name: is_selected(group, name, row) for name in PER_LAYER}
-        self._plans[p].step_(
-            [{**group, **only, "params": [p], "param_names": [name]}], optimizer.state
-        )
-        self._stepped[p] = self._plans[p]
+        alone = {**group, **only, "params": [p], "param_names": [name]}
+        self._steppers[p].step_([alone], self._optimizer.state)
+        self._stepped[p] = self._steppers[p]
         p.grad = None
 
-    def end(self, closure: Any) -> None:
-        """End the step of all parameters, so that the next backward pass may begin."""
+    def check_closure(self, closure: Any) -> None:
+        """Refuse a closure: its backward pass would step."""
         if closure is not None:
             raise RuntimeError(
                 "step() got a closure, but the parameters step while the backward pass "
                 "runs: call loss.backward() yourself, then step() without a closure"
             )
-        for index, group in enumerate(self._optimizer.param_groups):
+
+    def step_(
+        self, groups: Groups, state: Any, grad_scale: Any = None, found_inf: Any = None
+    ) -> None:
+        """End the step of all parameters, so that the next backward pass may begin."""
+        del state, grad_scale, found_inf
+        for index, group in enumerate(groups):
             for row, p in enumerate(group["params"]):
                 if p.grad is not None:  # which no backward pass has brought
-                    self._step(index, row, p)
+                    self._step_one(index, row, p)
         self._last, self._stepped = list(self._stepped.values()), {}
 
-    def lengths(self) -> dict[str, Lengths]:
-        """Return what the last step measured, see `LARS.lengths`."""
-        return {k: v for plan in self._last for k, v in plan.lengths().items()}
+    def divides_grad_scale(self, groups: Groups) -> bool:
+        """Return False: gradients are used before a scaler can look at them."""
+        del groups
+        return False
+
+    def layer_stats(self) -> dict[str, LayerStats]:
+        """Return the statistics of the last step, see `LARS.layer_stats`."""
+        return {k: v for each in self._last for k, v in each.layer_stats().items()}
 
     def remove(self) -> None:
         """Have the optimizer step when `step` is called, as before."""
         for handle in self._handles:
             handle.remove()
-        if self._optimizer._in_backward is self:
-            self._optimizer._in_backward = None
+        if self._optimizer._stepper is self:
+            self._optimizer._stepper = self._former
 
     def __enter__(self) -> "StepInBackward":
         """Return itself."""
@@ -86,7 +98,7 @@ class StepInBackward:
         self.remove()
 
 
-def step_in_backward(optimizer: LARS) -> StepInBackward:
+def step_in_backward(optimizer: torch.optim.Optimizer) -> StepInBackward:
     """Have each parameter step as soon as its gradient is ready, and free the gradient.
 
     The gradients of a model then never exist all at once, and each is still in cache
@@ -129,11 +141,12 @@ def step_in_backward(optimizer: LARS) -> StepInBackward:
     True
     >>> optimizer.step()
     """
-    if not isinstance(optimizer, LARS):
+    stepper: Any = getattr(optimizer, "_stepper", None)
+    if not isinstance(stepper, Stepper):
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}, expected a larskit.torch.LARS"
         )
-    if optimizer._in_backward is not None:
+    if isinstance(stepper, StepInBackward):
         raise RuntimeError(
             "the optimizer steps in backward already: remove() that first"
         )
@@ -152,8 +165,9 @@ def step_in_backward(optimizer: LARS) -> StepInBackward:
             f"{processes} processes train, and a gradient would be used before they "
             "have averaged it: use optimizer.step() alone"
         )
-    optimizer._in_backward = StepInBackward(optimizer)
-    return optimizer._in_backward
+    stepper = StepInBackward(optimizer)
+    optimizer._stepper = stepper  # pyright: ignore[reportAttributeAccessIssue]
+    return stepper
 
 
 def _processes() -> int:

@@ -1,7 +1,7 @@
 """LARS as a `torch.optim.Optimizer`."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +10,12 @@ from larskit import config as _config
 from larskit.arrays import check_floating
 from larskit.checkpoint import Names, PortableState
 from larskit.config import Config, Denominator, LrPlacement, OnNonfinite, check_lr
-from larskit.rule import Lengths
+from larskit.norms import check_layer
+from larskit.rule import LayerStats
 from larskit.select import Selection, check_matched, select
 from larskit.torch import foreign, portable
-from larskit.torch.bucket import GPU, NARROW, SWITCHES, is_selected, is_sharded
-from larskit.torch.plan import PER_GROUP, PER_LAYER, Plan, config_of, policy_of
-
-if TYPE_CHECKING:
-    from larskit.torch.backward import StepInBackward
+from larskit.torch.bucket import LOW_PRECISION, PER_LAYER, is_selected
+from larskit.torch.stepper import PER_GROUP, SWITCHES, Stepper, policy_of, settings_of
 
 _SWITCHES = (*SWITCHES, "on_nonfinite", "master_weights")
 
@@ -147,8 +145,7 @@ class LARS(torch.optim.Optimizer):
         defaults = {
             name: given[name] for name in ("lr", *PER_GROUP, *PER_LAYER, *_SWITCHES)
         }
-        self._plan = Plan()
-        self._in_backward: StepInBackward | None = None
+        self._stepper = Stepper()
         super().__init__(params, defaults)
         for name in PER_LAYER:
             selected = [
@@ -180,14 +177,12 @@ class LARS(torch.optim.Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        if self._in_backward is not None:
-            self._in_backward.watch(len(self.param_groups) - 1)
+        self._stepper.group_added(len(self.param_groups) - 1)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a pickled or loaded state; what an older one lacks gets its default."""
         super().__setstate__(state)
-        self._plan = Plan()
-        self.__dict__.setdefault("_in_backward", None)
+        self._stepper = Stepper()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, None if name in PER_LAYER else value)
@@ -265,14 +260,14 @@ class LARS(torch.optim.Optimizer):
         FloatingPointError
             With ``on_nonfinite="raise"``. In all cases nothing has moved.
         """
-        if self._in_backward is not None:
-            return self._in_backward.end(closure)
+        self._stepper.check_closure(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scaling = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
-        self._plan.step_(self.param_groups, self.state, *scaling)
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        self._stepper.step_(self.param_groups, self.state, grad_scale, found_inf)
         return loss
 
     @property
@@ -281,29 +276,30 @@ class LARS(torch.optim.Optimizer):
 
         It then sets `grad_scale` and `found_inf` for the step, and waits for nothing.
         """
-        return self._in_backward is None and all(
-            group["fused"] and p.device.type == GPU
-            for group in self.param_groups
-            for p in group["params"]
-        )
+        return self._stepper.divides_grad_scale(self.param_groups)
 
-    def lengths(self) -> dict[str, Lengths]:
-        """Return what the last step measured of each layer.
+    def layer_stats(self) -> dict[str, LayerStats]:
+        """Return the statistics of the last step.
 
         Returns
         -------
-        dict of str to Lengths
+        dict of str to LayerStats
             By parameter name, or ``"group.index"`` where parameters came without names:
-            floats ``weight`` (the length before the step), ``denominator``, ``ratio``.
-            Empty before the first step. This waits for the device.
+            the floats ``weight_norm`` (before the step), ``gradient_norm`` and
+            ``trust_ratio``, and the bools ``adapted`` and ``decayed``. The norm is
+            that of the gradient which the chosen `denominator` measures: |g|,
+            |g + wd*w| or |y|, not multiplied by a loss scale. Empty before the first
+            step.
+
+        Notes
+        -----
+        This waits for the device.
         """
-        if self._in_backward is not None:
-            return self._in_backward.lengths()
-        return self._plan.lengths()
+        return self._stepper.layer_stats()
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    config_of(group)
+    settings_of(group)
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.device.type == "cpu":
         check_lr(lr.item())
@@ -344,7 +340,7 @@ def _wide(state_dict: dict[str, Any], groups: Any) -> Iterator[tuple[Any, str, T
     """Yield what must keep its float32 beside narrow parameters, once it is loaded."""
     for group, own in zip(state_dict["param_groups"], groups, strict=False):
         for key, p in zip(group["params"], own["params"], strict=False):
-            if group["master_weights"] and p.dtype in NARROW:
+            if group["master_weights"] and p.dtype in LOW_PRECISION:
                 for name, x in state_dict["state"].get(key, {}).items():
                     if isinstance(x, Tensor) and x.dtype == torch.float32:
                         yield p, name, x
@@ -353,14 +349,4 @@ def _wide(state_dict: dict[str, Any], groups: Any) -> Iterator[tuple[Any, str, T
 def _check_parameters(params: list[Any]) -> None:
     for i, p in enumerate(params):
         check_floating(p, f"parameter {i}")
-        if getattr(p, "_fsdp_flattened", False):  # also with use_orig_params=True
-            raise TypeError(
-                f"parameter {i} is part of FSDP1's flat parameter, in which layers lie "
-                "end to end and are cut anywhere, so that none has its own length "
-                "here: use fully_shard (FSDP2)"
-            )
-        if is_sharded(p) and any(x.is_partial() for x in p.placements):
-            raise TypeError(
-                f"parameter {i} is a DTensor placed as {p.placements}: a sum that is "
-                "not complete has no length; shard or replicate it"
-            )
+        check_layer(p, f"parameter {i}")

@@ -10,8 +10,10 @@ from torch import Tensor
 from larskit import checkpoint
 from larskit.checkpoint import Names, PortableState
 from larskit.config import check_lr
-from larskit.torch.bucket import PER_LAYER, is_selected, is_sharded
-from larskit.torch.plan import config_of, name_of
+from larskit.norms import is_sharded
+from larskit.torch.bucket import PER_LAYER, is_selected
+from larskit.torch.plan import name_of
+from larskit.torch.stepper import settings_of
 
 # The parts of a state, and what they are called in `optimizer.state`.
 KINDS = {"momentum": "momentum_buffer", "master": "master_weight"}
@@ -106,7 +108,7 @@ class _Layer(NamedTuple):
 def _layers(optimizer: torch.optim.Optimizer) -> dict[str, _Layer]:
     found: dict[str, _Layer] = {}
     for index, group in enumerate(optimizer.param_groups):
-        config = config_of(group)
+        config = settings_of(group).config
         for row, p in enumerate(group["params"]):
             adapt, decay = (is_selected(group, name, row) for name in PER_LAYER)
             name = name_of(index, group, row)

@@ -1,0 +1,246 @@
+"""One step of an optimizer: validation, what decides whether to move, and the move."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from larskit import config as _config
+from larskit import engines
+from larskit.config import Config, check_lr
+from larskit.engines import Switches
+from larskit.norms import is_sharded
+from larskit.rule import LayerStats
+from larskit.torch.bucket import PER_LAYER, Settings
+from larskit.torch.plan import Groups, Plan, same
+
+PER_GROUP = tuple(
+    name for name in _config.NAMES if name not in (*PER_LAYER, "zero_guard")
+)
+SWITCHES = Switches._fields
+# All that a step reads of a parameter group, beside its parameters and its rate.
+_OPTIONS = (*PER_GROUP, *PER_LAYER, *SWITCHES, "on_nonfinite", "master_weights")
+
+
+class Stepper:
+    """Steps parameter groups, and keeps its plan from step to step."""
+
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self.plan = Plan(_check_gradient)
+        self._options: list[Any] = []
+        self._rates: list[Any] = []
+        self._settings: list[Settings] = []
+        self._policy = ""
+        self._step_outside_graphs: Any = torch.compiler.disable(self._step_)
+
+    def step_(
+        self,
+        groups: Groups,
+        state: Any,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Move the parameters that have gradients.
+
+        These were multiplied by `grad_scale`, and nothing moves where `found_inf` is
+        not 0: what `torch.amp.GradScaler` says.
+        """
+        if not torch.compiler.is_compiling():
+            self._step_(groups, state, grad_scale, found_inf)
+        elif all(map(_is_traceable, groups)):
+            self._step_in_graph(groups, state)
+        else:
+            self._step_outside_graphs(groups, state, grad_scale, found_inf)
+
+    def _step_(
+        self, groups: Groups, state: Any, grad_scale: Any, found_inf: Any
+    ) -> None:
+        self._validate(groups)
+        try:
+            self.plan.update(groups, self._settings, state)
+        except engines.Unsupported as why:
+            raise _refusal(groups, why) from None
+        buckets = self.plan.buckets
+        for bucket in buckets:
+            index = bucket.key.group
+            bucket.group.check(self._rates[index], self._settings[index].config)
+        self.plan.all_reduce_norms(grad_scale)
+        apply_if = True if found_inf is None else found_inf == 0
+        if self._policy != "propagate":
+            apply_if = self._judge(grad_scale, apply_if)
+        for bucket in buckets:
+            index = bucket.key.group
+            config = self._settings[index].config
+            bucket.step_(self._rates[index], config, state, grad_scale, apply_if)
+        self.plan.after_step(state)
+
+    def _step_in_graph(self, groups: Groups, state: Any) -> None:
+        """Step on the foreach engine, with operations that `torch.compile` traces."""
+        settings = [settings_of(group) for group in groups]
+        plan = Plan(_check_gradient)  # of this call: what is traced keeps nothing
+        plan.update(groups, settings, state)
+        for bucket in plan.buckets:
+            index = bucket.key.group
+            config = settings[index].config
+            bucket.step_(groups[index]["lr"], config, state, None, True)
+        self.plan = plan
+
+    def _validate(self, groups: Groups) -> None:
+        """Check what has changed in the groups, before anything else changes."""
+        options = [group[name] for group in groups for name in _OPTIONS]
+        if not same(options, self._options):
+            policy = policy_of(groups)
+            self._settings = [settings_of(group) for group in groups]
+            self._options, self._policy = options, policy
+        rates = [group["lr"] for group in groups]
+        if not same(rates, self._rates):
+            for rate in rates:
+                check_rate(rate)
+            self._rates = rates
+
+    def _judge(self, grad_scale: Any, apply_if: Any) -> Any:
+        """Return whether to move: as `apply_if` says, and if all norms are finite.
+
+        The answer is a bool, or a tensor on the device. The host waits for the device
+        only where an error may follow, or where first buffers are made or not.
+        """
+        found = [self._measure(bucket, grad_scale) for bucket in self.plan.buckets]
+        finite = _on_all_ranks(self._finite(found))
+        if isinstance(apply_if, Tensor):
+            apply_if = apply_if.to(finite.device, non_blocking=True)
+        if self._policy == "raise" and apply_if and not finite:
+            raise FloatingPointError(
+                f"the step was not taken, because {self._nonfinite()} is not finite"
+            )
+        starts = any(self._starts(bucket) for bucket in self.plan.buckets)
+        apply_if = finite & apply_if
+        return bool(apply_if) if self._policy == "raise" or starts else apply_if
+
+    def _measure(self, bucket: Any, grad_scale: Any) -> Any:
+        return bucket.measure(self._settings[bucket.key.group].config, grad_scale)
+
+    def _starts(self, bucket: Any) -> bool:
+        """Whether this step makes the momentum buffer of a parameter."""
+        keeps = self._settings[bucket.key.group].keeps_momentum
+        return keeps and any(v is None for v in bucket.group.buffers)
+
+    def _finite(self, found: list[Any]) -> Tensor:
+        flags = [x.isfinite().all() for norms in found for x in norms]
+        device = self.plan.device
+        flags = [flag.to(device, non_blocking=True) for flag in flags]
+        return torch.stack([torch.ones((), dtype=torch.bool, device=device), *flags])
+
+    def _nonfinite(self) -> str:
+        for bucket in self.plan.buckets:
+            norms: Any = bucket.norms
+            rows = zip(bucket.names, *(x.tolist() for x in norms), strict=True)
+            for name, *of_layer in rows:
+                for what, x in zip(("weights", "gradient"), of_layer, strict=True):
+                    if x - x != 0:
+                        return f"the norm of the {what} of {name!r} ({x})"
+        return "a norm in another process"
+
+    def check_closure(self, closure: Any) -> None:
+        """Accept a closure, which runs before the step."""
+
+    def group_added(self, index: int) -> None:
+        """Accept another parameter group: the next step looks at all of them."""
+
+    def divides_grad_scale(self, groups: Groups) -> bool:
+        """Whether a step divides gradients by the scale of `torch.amp.GradScaler`."""
+        return all(
+            engines.divides_grad_scale(p, switches_of(group))
+            for group in groups
+            for p in group["params"]
+        )
+
+    def layer_stats(self) -> dict[str, LayerStats]:
+        """Return the statistics of the last step, by name."""
+        found: dict[str, LayerStats] = {}
+        for bucket in self.plan.buckets:
+            w_norms, q, ratios, *flags, _ = bucket.group.stats
+            vectors = (x.tolist() for x in (w_norms, q, ratios))
+            rows = zip(*vectors, *flags, strict=True)
+            found.update(zip(bucket.names, map(LayerStats._make, rows), strict=True))
+        return found
+
+
+def settings_of(group: dict[str, Any]) -> Settings:
+    """Check the hyper-parameters of a group, and return them."""
+    check_rate(group["lr"])
+    for name in PER_GROUP:
+        _check_one_number(name, group[name])
+    config = Config(**{name: group[name] for name in PER_GROUP})
+    return Settings(config, switches_of(group), group["master_weights"])
+
+
+def switches_of(group: dict[str, Any]) -> Switches:
+    """Return which engine a group asks for, and how it must work."""
+    return Switches(*[group[name] for name in SWITCHES])
+
+
+def check_rate(lr: Any) -> None:
+    """Refuse a learning rate; the contents of a tensor are not looked at."""
+    check_lr(lr)
+    _check_one_number("lr", lr)
+
+
+def policy_of(groups: Groups) -> str:
+    """Return what to do with a norm that is not finite: one thing for all groups."""
+    policies = list(dict.fromkeys(group["on_nonfinite"] for group in groups))
+    if len(policies) > 1:
+        raise ValueError(
+            f"on_nonfinite applies to the whole step, but the parameter groups have "
+            f"{' and '.join(map(repr, policies))}: give all of them the same"
+        )
+    return policies[0]
+
+
+def _check_one_number(name: str, x: Any) -> None:
+    if isinstance(x, Tensor) and x.numel() != 1:
+        shape = tuple(x.shape)
+        raise ValueError(f"{name} has the shape {shape}, expected one number")
+
+
+def _check_gradient(p: Any, name: str) -> None:
+    if p.grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"the gradient of {name!r} is sparse ({p.grad.layout}); LARS needs the "
+            "norm of the whole layer: use dense gradients (sparse=False)"
+        )
+    if is_sharded(p) != is_sharded(p.grad):
+        here, there = (type(x).__name__ for x in (p, p.grad))
+        raise RuntimeError(
+            f"the parameter {name!r} is a {here} and its gradient a {there}: "
+            "distribute both, or neither (distribute_tensor, full_tensor)"
+        )
+
+
+def _refusal(groups: Groups, why: engines.Unsupported) -> RuntimeError:
+    """Return the error of a switch that demands what no engine can do."""
+    asked = [name for name in SWITCHES if any(group[name] for group in groups)]
+    switch = next(iter(asked))
+    return RuntimeError(f"{switch}=True, but {why}: omit it to use another engine")
+
+
+def _is_traceable(group: dict[str, Any]) -> bool:
+    """Whether `torch.compile` can make the step of a group part of its graph."""
+    switches = switches_of(group)
+    return (
+        not group["master_weights"]
+        and group["on_nonfinite"] == "propagate"
+        and all(engines.is_traceable(p, switches) for p in group["params"])
+        and not any(map(is_sharded, group["params"]))
+    )
+
+
+def _on_all_ranks(flags: Tensor) -> Tensor:
+    """Return whether all flags are true, here and in every other process."""
+    flag = flags.all()
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        number = flag.to(torch.int32)
+        dist.all_reduce(number, dist.ReduceOp.MIN)
+        flag = number > 0
+    return flag
