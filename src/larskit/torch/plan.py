@@ -1,4 +1,4 @@
-"""Which parameters are processed together: buckets that are kept while nothing changes."""
+"""Which parameters are processed together, kept while nothing changes."""
 
 from collections.abc import Callable, Collection, Sequence
 from operator import is_
@@ -22,7 +22,8 @@ class Plan:
     Parameters
     ----------
     check : callable
-        Refuses a parameter that does not fit its gradient; it gets the parameter and its name.
+        Gets each parameter that has a gradient, and its name, before anything is
+        bound; raises where the gradient does not fit.
     scales_gradients : bool, default=False
         Whether gradients are scaled, instead of parameters stepped.
     """

@@ -1,5 +1,6 @@
 """One step of an optimizer: validation, what decides whether to move, and the move."""
 
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ class Stepper:
             w_norms, q, ratios, *flags, _ = bucket.group.stats
             vectors = (x.tolist() for x in (w_norms, q, ratios))
             rows = zip(*vectors, *flags, strict=True)
-            found.update(zip(bucket.names, map(LayerStats._make, rows), strict=True))
+            found.update(zip(bucket.names, starmap(LayerStats, rows), strict=True))
         return found
 
 
