@@ -50,9 +50,9 @@ def test_two_epochs_learn_the_digits(digits, optimizer):
 def test_the_ratios_are_those_of_the_adapted_layers(three):
     trainer = trained(three, epochs=1, batch_size=40)
     assert isinstance(trainer.optimizer, LARS)
-    lengths = trainer.optimizer.lengths()
+    stats = trainer.optimizer.layer_stats()
     adapted = [p for p in trainer.model.parameters() if p.ndim > 1]
-    ratios = sorted(x.ratio for x in lengths.values() if x.ratio != 1)
+    ratios = sorted(x.trust_ratio for x in stats.values() if x.trust_ratio != 1)
     assert len(ratios) == len(adapted) == 4
     entry = trainer.history[-1]
     assert entry["ratio_min"] == ratios[0]

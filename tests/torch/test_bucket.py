@@ -48,7 +48,7 @@ def test_it_is_the_training_of_the_wide_weights(dtype, engine):
             o.state[x]["momentum_buffer"] for o, x in ((optimizer, p), (other, q))
         ]
         assert torch.equal(*buffers)
-    assert optimizer.lengths() == other.lengths()
+    assert optimizer.layer_stats() == other.layer_stats()
 
 
 def test_small_steps_add_up():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from larskit import layout
+from larskit.engines import conditional
 from larskit.torch import LARS, step_in_backward
 
 INF, NAN = math.inf, math.nan
@@ -76,8 +76,8 @@ def test_a_step_with_nonfinite_lengths_is_left_out(engine, kind, at, bad, where)
                 before = str(values(optimizer))
                 optimizer.step()
                 assert str(values(optimizer)) == before
-                lengths = optimizer.lengths()["1.0"]
-                measured = lengths.weight if where == "weight" else lengths.denominator
+                stats = optimizer.layer_stats()["1.0"]
+                measured = stats.weight_norm if where == "weight" else stats.gradient_norm
                 assert not math.isfinite(measured) or engine == {"carry_norms": True}
                 x[0, 1] = right
             else:
@@ -95,7 +95,7 @@ def test_nonfinite_lengths_raise_before_anything_moves(engine):
     optimizer.step()
     before = str(values(optimizer))
     params[1].grad[0] = INF
-    message = r"the length of the gradient of 'layer.1' \(inf\) is not finite"
+    message = r"the norm of the gradient of 'layer.1' \(inf\) is not finite"
     with pytest.raises(FloatingPointError, match=message):
         optimizer.step()
     assert str(values(optimizer)) == before
@@ -175,7 +175,7 @@ def test_a_learning_rate_on_the_device_is_read_there():
 
 
 def test_what_a_graph_can_capture(monkeypatch):
-    monkeypatch.setattr(layout, "is_capturing", lambda device: True)
+    monkeypatch.setattr(conditional, "is_capturing", lambda device: True)
     params = layers()
     give(params, 0)
     with pytest.raises(RuntimeError, match="but capturable=False"):
@@ -217,7 +217,7 @@ def test_a_compiled_step_is_one_graph(options):
             take()
     assert all(map(torch.equal, params, twins))
     assert len(graphs) == (2 if optimizer.param_groups[0]["momentum"] else 1)
-    assert optimizer.lengths() == other.lengths()
+    assert optimizer.layer_stats() == other.layer_stats()
     give(params, 9)
     optimizer.step()  # and then without the compiler
 

@@ -182,7 +182,7 @@ class LARS(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a pickled or loaded state; what an older one lacks gets its default."""
         super().__setstate__(state)
-        self._stepper = Stepper()
+        self.__dict__.setdefault("_stepper", Stepper())
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, None if name in PER_LAYER else value)
