@@ -9,12 +9,12 @@ SOURCE = Path(__file__).parents[1] / "src" / "larskit"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 # What each part may import of ours, anywhere in its file.
-CORE = {"arrays", "config", "rule", "select", "tree", "checkpoint"}
+CORE = {"arrays", "config", "rule", "select", "tree", "state"}
 MACHINERY = CORE | {"engines", "layout", "norms", "functional", "hook"}
 ALLOWED = {
     "config": set(),
     "arrays": set(),
-    "checkpoint": set(),
+    "state": set(),
     "layout": {"arrays"},
     "rule": {"arrays", "config"},
     "select": {"config"},

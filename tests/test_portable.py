@@ -23,14 +23,14 @@ import larskit.jax
 import larskit.torch
 from larskit import functional
 from larskit.app.models import build
-from larskit.checkpoint import (
+from larskit.jax import TrainVar
+from larskit.jax.variables import read
+from larskit.state import (
     load_optimizer,
     read_state,
     save_optimizer,
     write_state,
 )
-from larskit.jax import TrainVar
-from larskit.jax.variables import read
 from larskit.torch import LARS, param_groups
 
 COMMON = {"momentum": 0.8, "weight_decay": 1e-2, "trust_coefficient": 1e-2, "eps": 1e-5}
@@ -823,7 +823,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel, RowwiseParallel, parallelize_module
 )
-from larskit.checkpoint import load_optimizer, write_state
+from larskit.state import load_optimizer, write_state
 from larskit.torch import LARS
 
 def build(how):

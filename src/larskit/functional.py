@@ -40,7 +40,7 @@ from larskit.tree import (
 )
 
 if TYPE_CHECKING:
-    from larskit.checkpoint import Names, PortableState
+    from larskit.state import Names, PortableState
 
 
 def lars_update(
@@ -321,7 +321,7 @@ def to_portable(
     Returns
     -------
     PortableState
-        A copy, for `larskit.checkpoint.write_state`. The layers are named by their
+        A copy, for `larskit.state.write_state`. The layers are named by their
         dotted paths.
 
     Raises
@@ -332,13 +332,13 @@ def to_portable(
     Examples
     --------
     >>> import numpy as np
-    >>> from larskit.checkpoint import read_state, write_state
+    >>> from larskit.state import read_state, write_state
     >>> params, how = {"kernel": np.ones((2, 2))}, {"momentum": 0.8}
     >>> params, state = update(params, params, init(params), 1.0, **how)
     >>> write_state(to_portable(params, state, 1.0, **how), "state.safetensors")
     >>> state = from_portable(read_state("state.safetensors"), params, **how)
     """
-    from larskit.checkpoint import PortableState
+    from larskit.state import PortableState
 
     layers = _Layers(params, "params")
     described = layers.described(lr, adapt, decay, hyperparameters)
@@ -365,7 +365,7 @@ def from_portable(
     Parameters
     ----------
     portable : PortableState
-        What `larskit.checkpoint.read_state` or an optimizer's ``portable_state()``
+        What `larskit.state.read_state` or an optimizer's ``portable_state()``
         returned.
     params : array, or any nesting of containers
         The parameters, in the saved shapes.
@@ -373,7 +373,7 @@ def from_portable(
         The learning rate of the next step; by default the saved one. Only `convert`
         looks at it.
     names, convert
-        See `larskit.checkpoint.load_optimizer`.
+        See `larskit.state.load_optimizer`.
     adapt, decay, **hyperparameters
         Those that `update` will be called with. They must agree with the saved ones.
 
@@ -429,7 +429,7 @@ def check_count(portable: "PortableState") -> None:
 
 def _to_numpy(x: Any) -> np.ndarray:
     """Copy an array to NumPy, in its dtype."""
-    from larskit.checkpoint import numpy_dtype
+    from larskit.state.files import numpy_dtype
 
     name = dtype_name(x)
     x = cast(stop_gradient(x), "float32" if name == "bfloat16" else name)
@@ -550,7 +550,7 @@ class _Layers:
         self, lr: Any, adapt: Selection, decay: Selection, hyperparameters: Any
     ) -> dict[str, dict[str, Any]]:
         """Return what a `PortableState` says of each layer."""
-        from larskit.checkpoint import layer
+        from larskit.state.portable import hyperparameters
 
         configs = self.configs(Config(**hyperparameters), adapt, decay)
         rates = [None] * len(configs) if lr is None else self.rates(lr, "lr")
@@ -561,7 +561,7 @@ class _Layers:
                     f"two leaves are called {dotted(path)!r}, so that a file cannot "
                     "tell them apart: rename one"
                 )
-            found[dotted(path)] = layer(rate, config)
+            found[dotted(path)] = hyperparameters(rate, config)
         return found
 
     def rebuilt(self, arrays: Iterable[Any]) -> Any:

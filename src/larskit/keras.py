@@ -17,7 +17,7 @@ except ModuleNotFoundError as why:
 
 from keras import ops
 
-from larskit import checkpoint, rule
+from larskit import rule
 from larskit.arrays import (
     cast,
     check_floating,
@@ -27,7 +27,6 @@ from larskit.arrays import (
     stop_gradient,
     widen,
 )
-from larskit.checkpoint import Names, PortableState
 from larskit.config import (
     NAMES,
     Config,
@@ -38,6 +37,8 @@ from larskit.config import (
 )
 from larskit.functional import at_step, check_count
 from larskit.select import Selection, check_matched, select
+from larskit.state import Names, PortableState
+from larskit.state.portable import hyperparameters
 
 _PER_LAYER = ("adapt", "decay")
 _SHARED = tuple(name for name in NAMES if name not in (*_PER_LAYER, "zero_guard"))
@@ -295,7 +296,7 @@ class LARS(keras.optimizers.Optimizer):
             `adapt` or `decay` is a function that is not registered with Keras.
         """
         shared = Config(**{key: getattr(self, key) for key in _SHARED})
-        plain = checkpoint.layer(None, shared)
+        plain = hyperparameters(None, shared)
         choice = {
             "adapt": _saved(self.adapt, "adapt"),
             "decay": _saved(self.decay, "decay"),
@@ -339,7 +340,7 @@ class LARS(keras.optimizers.Optimizer):
         return optimizer
 
     def portable_state(self) -> PortableState:
-        """Return the state for any framework, see `larskit.checkpoint.save_optimizer`.
+        """Return the state for any framework, see `larskit.state.save_optimizer`.
 
         The layers are named by ``variable.path``. The averages of ``use_ema`` are not
         in it.
@@ -369,12 +370,12 @@ class LARS(keras.optimizers.Optimizer):
     def load_portable_state(
         self, state: PortableState, *, names: Names = None, convert: bool = False
     ) -> None:
-        """Take a state of any framework, see `larskit.checkpoint.load_optimizer`.
+        """Take a state of any framework, see `larskit.state.load_optimizer`.
 
         Parameters
         ----------
         state, names, convert
-            See `larskit.checkpoint.load_optimizer`. A learning rate that is no schedule
+            See `larskit.state.load_optimizer`. A learning rate that is no schedule
             becomes the saved one. The averages of ``use_ema`` start anew from the
             present weights.
 
@@ -444,7 +445,7 @@ class LARS(keras.optimizers.Optimizer):
                     "them apart: give their layers names of their own"
                 )
             variables[path] = variable, buffer
-            layers[path] = checkpoint.layer(rate, self._config(index))
+            layers[path] = hyperparameters(rate, self._config(index))
         return variables, layers
 
     def _overwrite_averages(self) -> None:

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from larskit import checkpoint, rule
+from larskit import rule
 from larskit.arrays import check_floating, is_array
-from larskit.checkpoint import Names, PortableState
 from larskit.config import Config, check_lr, is_number
 from larskit.jax.variables import Node, Variable, family, fitting, native, read, write
+from larskit.state import Names, PortableState
+from larskit.state.portable import hyperparameters
 
 
 class LARS(Node):
@@ -341,14 +342,14 @@ class LARS(Node):
         Returns
         -------
         PortableState
-            A copy, for `larskit.checkpoint.write_state`; ``save_optimizer`` calls this.
+            A copy, for `larskit.state.write_state`; ``save_optimizer`` calls this.
         """
         rate = native(self.lr())
         momentum = {
             key: np.array(read(self.implicit_vars[f"{key}_m"]))
             for key in self.vars_to_train
         }
-        layers = {key: checkpoint.layer(rate, self.config) for key in momentum}
+        layers = {key: hyperparameters(rate, self.config) for key in momentum}
         return PortableState(int(read(self.step_count)), layers, momentum)
 
     def load_portable_state(
@@ -359,7 +360,7 @@ class LARS(Node):
         Parameters
         ----------
         state, names, convert
-            See `larskit.checkpoint.load_optimizer`. Where the learning rate is one
+            See `larskit.state.load_optimizer`. Where the learning rate is one
             number it becomes the saved one.
 
         Raises
@@ -369,7 +370,7 @@ class LARS(Node):
             then.
         """
         weights = {key: read(w) for key, w in self.vars_to_train.items()}
-        layers = {key: checkpoint.layer(None, self.config) for key in weights}
+        layers = {key: hyperparameters(None, self.config) for key in weights}
         found = state.fitted(layers, weights, names=names, convert=convert)
         if found.step is None:
             raise ValueError(

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from larskit import config as _config
 from larskit.arrays import check_floating
-from larskit.checkpoint import Names, PortableState
 from larskit.config import Config, Denominator, LrPlacement, OnNonfinite, check_lr
 from larskit.rule import Lengths
 from larskit.select import Selection, check_matched, select
+from larskit.state import Names, PortableState
 from larskit.torch import foreign, portable
 from larskit.torch.bucket import GPU, NARROW, SWITCHES, is_selected, is_sharded
 from larskit.torch.plan import PER_GROUP, PER_LAYER, Plan, config_of, policy_of
@@ -228,7 +228,7 @@ class LARS(torch.optim.Optimizer):
             self.state[p][key] = x.to(p.device)
 
     def portable_state(self) -> PortableState:
-        """Return the state for any framework, see `larskit.checkpoint.save_optimizer`.
+        """Return the state for any framework, see `larskit.state.save_optimizer`.
 
         Of sharded parameters it is that of the whole layers, which every process must
         ask for. It does not say how many steps were taken.
@@ -238,7 +238,7 @@ class LARS(torch.optim.Optimizer):
     def load_portable_state(
         self, state: PortableState, *, names: Names = None, convert: bool = False
     ) -> None:
-        """Take a state of any framework, see `larskit.checkpoint.load_optimizer`.
+        """Take a state of any framework, see `larskit.state.load_optimizer`.
 
         The learning rates of the groups become the saved ones.
         """

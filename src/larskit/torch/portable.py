@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from larskit import checkpoint
-from larskit.checkpoint import Names, PortableState
 from larskit.config import check_lr
+from larskit.state import Names, PortableState
+from larskit.state.files import numpy_dtype
+from larskit.state.portable import hyperparameters
 from larskit.torch.bucket import PER_LAYER, is_selected, is_sharded
 from larskit.torch.plan import config_of, name_of
 
@@ -26,7 +27,7 @@ def portable_state(optimizer: torch.optim.Optimizer) -> PortableState:
     Returns
     -------
     PortableState
-        A copy, for `larskit.checkpoint.write_state`; ``save_optimizer`` calls this. It
+        A copy, for `larskit.state.write_state`; ``save_optimizer`` calls this. It
         does not say how many steps were taken.
     """
     layers = _layers(optimizer)
@@ -53,7 +54,7 @@ def load_portable_state(
     Parameters
     ----------
     state, names, convert
-        See `larskit.checkpoint.load_optimizer`. The learning rates of the groups become
+        See `larskit.state.load_optimizer`. The learning rates of the groups become
         the saved ones.
 
     Raises
@@ -116,7 +117,7 @@ def _layers(optimizer: torch.optim.Optimizer) -> dict[str, _Layer]:
                     "them apart: name them as one model does"
                 )
             own = replace(config, adapt=adapt, decay=decay)
-            found[name] = _Layer(group, p, checkpoint.layer(group["lr"], own))
+            found[name] = _Layer(group, p, hyperparameters(group["lr"], own))
     return found
 
 
@@ -147,7 +148,7 @@ def _whole(x: Any) -> np.ndarray:
     x = x.full_tensor() if is_sharded(x) else x
     x = x.detach().to("cpu", copy=True)
     if x.dtype is torch.bfloat16:
-        return x.view(torch.int16).numpy().view(checkpoint.numpy_dtype("bfloat16"))
+        return x.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
     return x.numpy()
 
 

@@ -1,0 +1,27 @@
+"""The state of an optimizer in one file, from any framework and for any other.
+
+`save_optimizer` and `load_optimizer` write and read the state of a ``LARS`` of PyTorch,
+JAX or Keras. `save`, `load` and `atomic` write any arrays, or any file, atomically.
+"""
+
+from larskit.state.files import atomic, load, save
+from larskit.state.portable import (
+    Names,
+    PortableState,
+    load_optimizer,
+    read_state,
+    save_optimizer,
+    write_state,
+)
+
+__all__ = [
+    "Names",
+    "PortableState",
+    "atomic",
+    "load",
+    "load_optimizer",
+    "read_state",
+    "save",
+    "save_optimizer",
+    "write_state",
+]
