@@ -472,10 +472,13 @@ def test_a_process_that_is_killed_while_a_state_is_written_leaves_the_old(tmp_pa
     assert [*read_state(tmp_path / "state").layers] == [*state().layers]
 
 
-@pytest.mark.parametrize("package", ["safetensors", "ml_dtypes"])
-def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
+@pytest.mark.parametrize(
+    ("package", "user"),
+    [("safetensors", "checkpoints need"), ("ml_dtypes", "bfloat16 in NumPy needs")],
+)
+def test_a_missing_package_is_named(tmp_path, monkeypatch, package, user):
     write_state(state(), tmp_path / "state")
     monkeypatch.setitem(sys.modules, package, None)
-    message = re.escape(f"checkpoints need {package}: pip install {package}")
+    message = re.escape(f"{user} {package}: pip install {package}")
     with pytest.raises(ModuleNotFoundError, match=message):
         read_state(tmp_path / "state")

@@ -35,7 +35,7 @@ from larskit.config import (
     check_lr,
     is_number,
 )
-from larskit.functional import at_step, check_count
+from larskit.functional import at_step
 from larskit.select import Selection, check_matched, select
 from larskit.state import Names, PortableState
 from larskit.state.portable import hyperparameters
@@ -388,12 +388,11 @@ class LARS(keras.optimizers.Optimizer):
         variables, layers = self._described(None)
         weights = {path: variable for path, (variable, _) in variables.items()}
         found = state.fitted(layers, weights, names=names, convert=convert)
-        check_count(found)
+        step = found.counted_by("the optimizer", one_for_all=True)
         rate = self._resumed_rate(found)
         found = found.converted({key: {**x, "lr": rate} for key, x in layers.items()})
         for path, (_, buffer) in variables.items():
             _assign(buffer, found.momentum.get(path, np.zeros(buffer.shape)))
-        step: Any = found.step
         self._iterations.assign(step * self._steps_each)
         if self._has_constant_rate:
             self.learning_rate = rate
@@ -422,10 +421,8 @@ class LARS(keras.optimizers.Optimizer):
 
     def _resumed_rate(self, state: PortableState) -> float:
         """Return the rate of the next step: the saved one, or that of a schedule."""
-        saved = state.common_lr(state.layers) if self._has_constant_rate else None
-        rate = self._rate(state.step or 0) if saved is None else saved
-        check_lr(rate, "the saved lr")
-        return rate
+        own = self._rate(state.step or 0)
+        return state.resumed_lr(state.layers, own) if self._has_constant_rate else own
 
     def _described(self, rate: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return each (variable, buffer) and its hyper-parameters, by path."""

@@ -372,14 +372,10 @@ class LARS(Node):
         weights = {key: read(w) for key, w in self.vars_to_train.items()}
         layers = {key: hyperparameters(None, self.config) for key in weights}
         found = state.fitted(layers, weights, names=names, convert=convert)
-        if found.step is None:
-            raise ValueError(
-                "the saved state does not say how many steps were taken, which "
-                f"{type(self).__name__} counts: pass step= when you save or load it"
-            )
+        step = found.counted_by(type(self).__name__)
         rate = self._resumed_rate(found)
         found = found.converted({key: {**x, "lr": rate} for key, x in layers.items()})
-        moved = [(self.step_count, _like(found.step, read(self.step_count)))]
+        moved = [(self.step_count, _like(step, read(self.step_count)))]
         for key in weights:
             m = self.implicit_vars[f"{key}_m"]
             moved.append((m, _like(found.momentum.get(key, 0.0), read(m))))
@@ -392,10 +388,7 @@ class LARS(Node):
         if not _is_constant(self.__dict__["lr"]):
             steps = () if hasattr(self.lr, "step_call") else (state.step,)
             return float(native(self.lr(*steps)))
-        saved = state.common_lr(self.vars_to_train)
-        rate = float(self.lr()) if saved is None else saved
-        check_lr(rate, "the saved lr")
-        return rate
+        return float(state.resumed_lr(self.vars_to_train, native(self.lr())))
 
     def _set_constant(self, rate: float) -> None:
         lr = self.__dict__["lr"]

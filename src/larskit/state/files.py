@@ -13,6 +13,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from larskit.arrays import numpy_dtype
+
 _DTYPES = {
     "BOOL": "bool",
     "I8": "int8",
@@ -158,13 +160,6 @@ def _encoding(mode: str) -> str | None:
 
 def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
     return np.frombuffer(data, numpy_dtype(_DTYPES[dtype])).reshape(shape)
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """Return the dtype called `name`, also that of bfloat16."""
-    if name == "bfloat16":
-        return np.dtype(_module("ml_dtypes").bfloat16)
-    return np.dtype(name)
 
 
 def _module(name: str) -> Any:

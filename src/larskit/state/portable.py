@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from larskit.arrays import Scalar
+from larskit.config import Config, check_lr
 from larskit.state.files import atomic, deserialize, serialize
 
 FORMAT = 1
-Names = Mapping[str, str] | Callable[[str], str] | None
+Names = Mapping[str, str] | Callable[[str], str] | None  # from old names to new ones
+LayerTable = dict[str, dict[str, Any]]  # the hyper-parameters of each layer, by name
 
 _UNSIGNED = b"0" * 64
 
@@ -159,13 +162,60 @@ class PortableState:
             },
         )
 
-    def common_lr(self, names: Iterable[str]) -> float | None:
-        """Return the learning rate of layers that share one; None if none was saved.
+    def counted_by(self, owner: str, *, one_for_all: bool = False) -> int:
+        """Return how many steps were taken, for an optimizer that counts them.
+
+        Parameters
+        ----------
+        owner : str
+            What counts them, for messages.
+        one_for_all : bool, default=False
+            Whether its count tells the first step, which is not dampened, from later
+            ones. The buffers must then agree with it.
 
         Raises
         ------
         ValueError
-            They were saved with several.
+            The state does not say it, or a buffer contradicts it.
+        """
+        if self.step is None:
+            raise ValueError(
+                "the saved state does not say how many steps were taken, which "
+                f"{owner} counts: pass step= when you save or load it, or load "
+                "dataclasses.replace(state, step=...)"
+            )
+        if one_for_all:
+            for name, layer in self.layers.items():
+                self._check_first_step(name, layer, owner)
+        return self.step
+
+    def _check_first_step(
+        self, name: str, layer: Mapping[str, Any], owner: str
+    ) -> None:
+        step, has_buffer = self.step or 0, name in self.momentum
+        dampened = layer["dampening"] and layer["denominator"] != "momentum"
+        if dampened and has_buffer != (step > 0):
+            raise ValueError(
+                f"{name!r} has {'a' if has_buffer else 'no'} momentum buffer after "
+                f"{step} steps, but {owner} has one count for all layers, and "
+                "dampening depends on it: correct the step, or go on in the framework "
+                "that saved it"
+            )
+
+    def resumed_lr(self, names: Iterable[str], own: Scalar) -> Scalar:
+        """Return the learning rate that layers go on with: the saved one, if any.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Layers that share a learning rate.
+        own : float, or array of one element
+            What the optimizer has, for a state that does not say it.
+
+        Raises
+        ------
+        ValueError
+            They were saved with several, or with one that is negative or not finite.
         """
         found = {self.layers[name].get("lr"): name for name in names}
         if len(found) > 1:
@@ -175,10 +225,39 @@ class PortableState:
                 "but here they share one: give them parameter groups of their own, or "
                 "one rate before saving"
             )
-        return next(iter(found), None)
+        saved = next(iter(found), None)
+        rate = own if saved is None else saved
+        check_lr(rate, "the saved lr")
+        return rate
 
 
-def hyperparameters(lr: Any, config: Any) -> dict[str, Any]:
+def described(rows: Iterable[tuple[str, Scalar, Config]], remedy: str) -> LayerTable:
+    """Return the hyper-parameters of layers, by name.
+
+    Parameters
+    ----------
+    rows : iterable of (str, float or None, Config)
+        The name, the learning rate and the configuration of each layer.
+    remedy : str
+        What to do where two layers have one name, for the message.
+
+    Raises
+    ------
+    ValueError
+        Two layers have one name.
+    """
+    found: LayerTable = {}
+    for name, lr, config in rows:
+        if name in found:
+            raise ValueError(
+                f"two layers are called {name!r}, so that a file cannot tell them "
+                f"apart: {remedy}"
+            )
+        found[name] = hyperparameters(lr, config)
+    return found
+
+
+def hyperparameters(lr: Scalar, config: Config) -> dict[str, Any]:
     """Return the hyper-parameters of a layer in plain numbers and strings."""
     values = {"lr": lr, **vars(config)}
     return {
@@ -282,7 +361,7 @@ def write_state(state: PortableState, filename: str | os.PathLike[str]) -> None:
     Parameters
     ----------
     state : PortableState
-        What an optimizer's ``portable_state()`` or `larskit.functional.to_portable`
+        What an optimizer's ``portable_state()`` or `larskit.state.to_portable`
         returned.
     filename : path
         See `atomic`.
@@ -370,8 +449,8 @@ def _check_portable(optimizer: Any) -> None:
     if not hasattr(optimizer, "load_portable_state"):
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}, expected a larskit.torch.LARS "
-            "or a larskit.jax.LARS: for functional state see larskit.functional."
-            "to_portable"
+            "or that of larskit.jax or larskit.keras: for the state of "
+            "larskit.functional see larskit.state.to_portable"
         )
 
 
