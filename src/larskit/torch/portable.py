@@ -70,12 +70,10 @@ def load_portable_state(
         convert=convert,
         masters=[name for name, layer in layers.items() if layer.has_master],
     )
-    rates = [
-        found.resumed_lr(
-            (n for n, x in layers.items() if x.group is group), group["lr"]
-        )
-        for group in groups
-    ]
+    rates = []
+    for group in groups:
+        own = (name for name, layer in layers.items() if layer.group is group)
+        rates.append(found.resumed_lr(own, group["lr"]))
     new = _tensors(found.converted(_at(rates, groups, layers)), layers)
     for group, rate in zip(groups, rates, strict=True):
         if isinstance(group["lr"], Tensor):
