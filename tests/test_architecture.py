@@ -9,12 +9,14 @@ SOURCE = Path(__file__).parents[1] / "src" / "larskit"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 # What each part may import of ours, anywhere in its file.
-CORE = {"arrays", "config", "rule", "select", "tree", "checkpoint"}
-MACHINERY = CORE | {"engines", "layout", "norms", "functional", "hook"}
+CORE = {"arrays", "config", "rule", "select", "tree", "layers", "state"}
+MACHINERY = CORE | {"engines", "layout", "norms", "functional", "hook", "containers"}
 ALLOWED = {
     "config": set(),
     "arrays": set(),
-    "checkpoint": set(),
+    "state": {"arrays", "config", "functional", "layers", "select", "tree"},
+    "layers": {"arrays", "config", "select", "tree"},
+    "containers": {"arrays", "functional", "tree"},
     "layout": {"arrays"},
     "rule": {"arrays", "config"},
     "select": {"config"},
@@ -22,7 +24,7 @@ ALLOWED = {
     "presets": {"config"},
     "norms": {"rule", "arrays", "config", "layout"},
     "engines": {"rule", "norms", "arrays", "config", "layout", "_native"},
-    "functional": CORE | {"engines", "layout", "norms"},
+    "functional": CORE - {"state"} | {"engines", "layout", "norms"},
     "hook": CORE | {"engines", "layout", "norms", "functional"},
     "torch": MACHINERY,
     "jax": MACHINERY,
@@ -31,11 +33,17 @@ ALLOWED = {
     "report": {"monitor"},
     "doctor": {"engines"},
     "app": MACHINERY | {"torch", "presets", "monitor", "report"},
-    "__init__": {"functional", "hook", "tree", "torch", "jax", "keras", "presets"},
+    "__init__": {
+        "functional",
+        "hook",
+        "containers",
+        "torch",
+        "jax",
+        "keras",
+        "presets",
+    },
     "__main__": {"cli"},
 }
-# Imports that would be circular at the top of the file and stand inside a function.
-INSIDE = {"tree": {"functional"}}
 FRAMEWORKS = {
     "torch", "jax", "jaxlib", "keras", "tensorflow", "paddle", "cupy", "optax", "flax",
     "brainpy", "chainer", "ivy", "triton",
@@ -89,8 +97,7 @@ def test_own_imports(file):
         if here == "cli":
             assert not top or part(rest) in CORE, f"cli imports {name} at its top"
             continue
-        allowed = ALLOWED[here] | (set() if top else INSIDE.get(here, set()))
-        assert part(rest) in allowed, f"{module(file)} imports {name}"
+        assert part(rest) in ALLOWED[here], f"{module(file)} imports {name}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=module)

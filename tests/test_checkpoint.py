@@ -13,16 +13,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from larskit import checkpoint
-from larskit.checkpoint import (
+from larskit.config import Config
+from larskit.state import (
     PortableState,
     atomic,
+    files,
     load_optimizer,
     read_state,
     save_optimizer,
     write_state,
 )
-from larskit.config import Config
+from larskit.state.portable import hyperparameters
 
 DTYPES = st.sampled_from(
     ["bool", "int8", "int32", "uint64", "float16", "float32", "float64", "complex64"]
@@ -37,8 +38,8 @@ TENSORS = st.dictionaries(
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tensors=TENSORS)
 def test_what_is_loaded_is_what_was_saved(tmp_path, tensors):
-    checkpoint.save(tensors, tmp_path / "state")
-    loaded = checkpoint.load(tmp_path / "state")
+    files.save(tensors, tmp_path / "state")
+    loaded = files.load(tmp_path / "state")
     assert set(loaded) == set(tensors)
     for name, x in tensors.items():
         assert (loaded[name].dtype, loaded[name].shape) == (x.dtype, x.shape)
@@ -57,17 +58,15 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, tensors):
     ids=["bfloat16", "strided", "big-endian", "empty", "a float"],
 )
 def test_unusual_arrays_survive(tmp_path, x):
-    checkpoint.save({"x": x}, tmp_path / "state")
-    loaded = checkpoint.load(tmp_path / "state")["x"]
+    files.save({"x": x}, tmp_path / "state")
+    loaded = files.load(tmp_path / "state")["x"]
     assert loaded.dtype.name == np.asarray(x).dtype.name
     np.testing.assert_array_equal(loaded.astype("float64"), np.float64(x))
 
 
 def test_a_dtype_that_safetensors_lacks_is_refused_by_name(tmp_path):
     with pytest.raises(TypeError, match="'z' has the dtype complex128, expected one"):
-        checkpoint.save(
-            {"a": np.ones(2), "z": np.ones(2, "complex128")}, tmp_path / "s"
-        )
+        files.save({"a": np.ones(2), "z": np.ones(2, "complex128")}, tmp_path / "s")
     assert not os.listdir(tmp_path)
 
 
@@ -83,10 +82,10 @@ def test_a_dtype_that_safetensors_lacks_is_refused_by_name(tmp_path):
 )
 def test_a_torn_or_foreign_file_is_one_clear_error(tmp_path, spoil):
     file = tmp_path / "state"
-    checkpoint.save({"x": np.ones(3)}, file)
+    files.save({"x": np.ones(3)}, file)
     file.write_bytes(spoil(file.read_bytes()))
     with pytest.raises(ValueError, match=r"state is torn, or no safetensors file"):
-        checkpoint.load(file)
+        files.load(file)
 
 
 def test_a_dtype_that_numpy_lacks_is_refused(tmp_path):
@@ -94,12 +93,12 @@ def test_a_dtype_that_numpy_lacks_is_refused(tmp_path):
     file = tmp_path / "state"
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
     with pytest.raises(ValueError, match="F8_E4M3"):
-        checkpoint.load(file)
+        files.load(file)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        checkpoint.load(tmp_path / "nowhere")
+        files.load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(("mode", "content"), [("wb", b"\x00new"), ("w", "Maße")])
@@ -158,7 +157,7 @@ def test_a_process_that_is_killed_while_writing_leaves_the_old_file(tmp_path):
     file.write_text("old")
     code = (
         "import os, sys\n"
-        "from larskit.checkpoint import atomic\n"
+        "from larskit.state import atomic\n"
         "with atomic(sys.argv[1]) as file:\n"
         "    file.write(b'half')\n"
         "    file.flush()\n"
@@ -209,13 +208,13 @@ def test_an_unwritable_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.open", refuse)
     expected = "state: Permission denied: .* must be a folder that exists and can be"
     with pytest.raises(PermissionError, match=expected):
-        checkpoint.save({"x": np.ones(3)}, tmp_path / "state")
+        files.save({"x": np.ones(3)}, tmp_path / "state")
     assert not os.listdir(tmp_path)
 
 
 def test_importing_it_loads_no_framework_and_no_safetensors():
     code = (
-        "import sys, larskit.checkpoint\n"
+        "import sys, larskit.state\n"
         "print([m for m in ('jax', 'torch', 'safetensors') if m in sys.modules])"
     )
     done = subprocess.run(
@@ -224,7 +223,7 @@ def test_importing_it_loads_no_framework_and_no_safetensors():
     assert done.stdout == "[]\n"
 
 
-LAYER = checkpoint.layer(0.5, Config(dampening=0.1))
+LAYER = hyperparameters(0.5, Config(dampening=0.1))
 
 
 def state(**changes):
@@ -340,7 +339,7 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path, spoil, message):
 
 
 def test_plain_safetensors_are_no_state(tmp_path):
-    checkpoint.save({"x": np.ones(3)}, tmp_path / "state")
+    files.save({"x": np.ones(3)}, tmp_path / "state")
     with pytest.raises(ValueError, match="holds arrays, but not the state of an opti"):
         read_state(tmp_path / "state")
 
@@ -463,7 +462,7 @@ def test_a_process_that_is_killed_while_a_state_is_written_leaves_the_old(tmp_pa
     write_state(state(), tmp_path / "state")
     code = (
         "import os, sys\n"
-        "from larskit.checkpoint import read_state, write_state\n"
+        "from larskit.state import read_state, write_state\n"
         "state = read_state(sys.argv[1])\n"
         "os.fsync = lambda _: os._exit(9)\n"
         "write_state(state.renamed(str.upper), sys.argv[1])\n"
@@ -473,10 +472,13 @@ def test_a_process_that_is_killed_while_a_state_is_written_leaves_the_old(tmp_pa
     assert [*read_state(tmp_path / "state").layers] == [*state().layers]
 
 
-@pytest.mark.parametrize("package", ["safetensors", "ml_dtypes"])
-def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
+@pytest.mark.parametrize(
+    ("package", "user"),
+    [("safetensors", "checkpoints need"), ("ml_dtypes", "bfloat16 in NumPy needs")],
+)
+def test_a_missing_package_is_named(tmp_path, monkeypatch, package, user):
     write_state(state(), tmp_path / "state")
     monkeypatch.setitem(sys.modules, package, None)
-    message = re.escape(f"checkpoints need {package}: pip install {package}")
+    message = re.escape(f"{user} {package}: pip install {package}")
     with pytest.raises(ModuleNotFoundError, match=message):
         read_state(tmp_path / "state")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import larskit
-from larskit.tree import flatten, spread
+from larskit.tree import broadcast_leaves, flatten
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "ivy.json").read_text())
 TOLERANCE = {"float32": 2e-6, "float64": 1e-14}
@@ -37,7 +37,7 @@ def tree(kind: str, case: dict, what: str) -> Any:
 def assert_agree(ours: Any, case: dict) -> None:
     paths, leaves, _ = flatten(ours)
     w, g, theirs = (
-        spread(tree("numpy", case, what), paths, what)
+        broadcast_leaves(tree("numpy", case, what), paths, what)
         for what in ("w", "dcdw", "result")
     )
     for found, before, slope, after in zip(leaves, w, g, theirs, strict=True):

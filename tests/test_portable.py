@@ -23,14 +23,16 @@ import larskit.jax
 import larskit.torch
 from larskit import functional
 from larskit.app.models import build
-from larskit.checkpoint import (
+from larskit.jax import TrainVar
+from larskit.jax.variables import read
+from larskit.state import (
+    from_portable,
     load_optimizer,
     read_state,
     save_optimizer,
+    to_portable,
     write_state,
 )
-from larskit.jax import TrainVar
-from larskit.jax.variables import read
 from larskit.torch import LARS, param_groups
 
 COMMON = {"momentum": 0.8, "weight_decay": 1e-2, "trust_coefficient": 1e-2, "eps": 1e-5}
@@ -175,14 +177,12 @@ class NumPy:
 
     def save(self, file, step, names=None):
         assert self.state.count == step
-        found = functional.to_portable(self.params, self.state, self.lr, **self.options)
+        found = to_portable(self.params, self.state, self.lr, **self.options)
         write_state(found.renamed(names), file)
 
     def load(self, file, **how):
         found = read_state(file)
-        self.state = functional.from_portable(
-            found, self.params, self.lr, **how, **self.options
-        )
+        self.state = from_portable(found, self.params, self.lr, **how, **self.options)
         return found
 
     def snapshot(self):
@@ -334,11 +334,11 @@ def test_no_momentum_converts_at_a_rate_of_zero(tmp_path, taker, placement):
 def test_momentum_converts_at_a_finite_rate_only():
     a = NumPy(draw(NET, 0))
     advance(a, 1, 2)
-    saved = functional.to_portable(a.params, a.state, **a.options)
+    saved = to_portable(a.params, a.state, **a.options)
     for lr in (float("nan"), float("inf"), -1.0):
         layers = {name: {**x, "lr": lr} for name, x in saved.layers.items()}
         with pytest.raises(ValueError, match="cannot be converted at the learning ra"):
-            functional.from_portable(
+            from_portable(
                 dataclasses.replace(saved, layers=layers),
                 a.params,
                 convert=True,
@@ -349,14 +349,14 @@ def test_momentum_converts_at_a_finite_rate_only():
 def test_a_state_without_a_rate_converts_at_the_one_that_is_known():
     a = NumPy(draw(NET, 0))
     advance(a, 1, 3)
-    saved = functional.to_portable(a.params, a.state, **a.options)
+    saved = to_portable(a.params, a.state, **a.options)
     assert all(layer["lr"] is None for layer in saved.layers.values())
     outside = {**a.options, "lr_placement": "outside", "convert": True}
     with pytest.raises(ValueError, match="at the learning rate None: load it where"):
-        functional.from_portable(saved, a.params, **outside)
+        from_portable(saved, a.params, **outside)
     for lr, saved_lr in ((4.0, None), (4.0, 2.0), (None, 4.0)):
-        known = functional.to_portable(a.params, a.state, saved_lr, **a.options)
-        found = functional.from_portable(known, a.params, lr, **outside).momentum
+        known = to_portable(a.params, a.state, saved_lr, **a.options)
+        found = from_portable(known, a.params, lr, **outside).momentum
         for outer, held in a.state.momentum.items():
             for inner, v in held.items():
                 np.testing.assert_array_equal(found[outer][inner], v / 4)
@@ -517,7 +517,7 @@ def test_what_a_state_holds_is_a_copy():
         if name in ("torch", "jax"):
             saved = face.optimizer.portable_state()
         else:
-            saved = functional.to_portable(face.params, face.state, **face.options)
+            saved = to_portable(face.params, face.state, **face.options)
         before = {key: v.copy() for key, v in saved.momentum.items()}
         face.step(draw(NET, 2))
         for key, v in saved.momentum.items():
@@ -771,13 +771,13 @@ def test_parameters_without_names_bear_their_places(tmp_path):
 
 def test_two_layers_of_one_name_are_refused():
     pairs = [{"params": [("w", torch.nn.Parameter(torch.ones(2)))]} for _ in range(2)]
-    with pytest.raises(ValueError, match="two parameters are called 'w'"):
+    with pytest.raises(ValueError, match="two layers are called 'w'"):
         LARS(pairs, lr=1.0).portable_state()
     params = {"a.b": np.ones(2), "a": {"b": np.ones(2)}}
     with pytest.raises(
-        ValueError, match=r"two leaves are called 'a\.b', .* rename one"
+        ValueError, match=r"two layers are called 'a\.b', .* rename one"
     ):
-        functional.to_portable(params, functional.init(params))
+        to_portable(params, functional.init(params))
 
 
 def test_arrays_of_other_frameworks_go_on_too():
@@ -789,10 +789,10 @@ def test_arrays_of_other_frameworks_go_on_too():
     params, state = functional.update(
         params, params, functional.init(params), 0.5, **options
     )
-    saved = functional.to_portable(params, state, 0.5, **options)
+    saved = to_portable(params, state, 0.5, **options)
     assert [*saved.momentum] == ["0", "1.0"]
     assert saved.momentum["1.0"].dtype == ml_dtypes.bfloat16
-    found = functional.from_portable(saved, params, **options)
+    found = from_portable(saved, params, **options)
     assert int(found.count) == 1
     for a, b in zip(tf.nest.flatten(found), tf.nest.flatten(state), strict=True):
         assert type(a) is type(b)
@@ -802,13 +802,13 @@ def test_arrays_of_other_frameworks_go_on_too():
 def test_hyperparameters_of_update_only():
     params = np.ones(3)
     with pytest.raises(TypeError, match="rate"):
-        functional.to_portable(params, functional.init(params), rate=3)
+        to_portable(params, functional.init(params), rate=3)
 
 
 def test_the_state_of_a_jax_function_is_traced_again():
     params = {"w": jnp.ones((2, 2))}
     _, state = functional.update(params, params, functional.init(params), 1.0)
-    found = functional.from_portable(functional.to_portable(params, state), params)
+    found = from_portable(to_portable(params, state), params)
     step = jax.jit(lambda state: functional.update(params, params, state, 1.0))
     for a, b in zip(*(jax.tree.leaves(step(x)) for x in (found, state)), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -823,7 +823,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel, RowwiseParallel, parallelize_module
 )
-from larskit.checkpoint import load_optimizer, write_state
+from larskit.state import load_optimizer, write_state
 from larskit.torch import LARS
 
 def build(how):

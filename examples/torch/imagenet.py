@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from larskit.app import models
-from larskit.checkpoint import atomic
+from larskit.state import atomic
 from larskit.torch import LARS, param_groups
 
 # From this batch on, of all processes: peak rate, warm-up, epochs, decay, momentum.

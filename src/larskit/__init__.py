@@ -8,9 +8,9 @@ touch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from larskit.containers import Array, Container
 from larskit.functional import lars_update
 from larskit.hook import GradientLARS
-from larskit.tree import Array, Container
 
 if TYPE_CHECKING:
     from larskit import jax, keras, torch

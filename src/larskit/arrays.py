@@ -12,6 +12,10 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
+Array = Any  # an array of any framework that `namespace` knows
+Scalar = Any  # a number, or an array with one element
+Namespace = Any  # the array-API namespace of a framework, or a shim of it
+
 _WIDE = {
     "float16": "float32",
     "bfloat16": "float32",
@@ -188,6 +192,44 @@ def stop_gradient(x: Any) -> Any:
     if name == "tensorflow":
         return sys.modules["tensorflow"].stop_gradient(x)
     return x.detach() if name in ("torch", "paddle") else x
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """Copy an array to NumPy, in its dtype: bfloat16 is that of ml_dtypes."""
+    name = dtype_name(x)
+    x = cast(stop_gradient(x), "float32" if name == "bfloat16" else name)
+    if framework(x) in ("torch", "cupy"):
+        x = array_api_compat.to_device(x, "cpu")
+    return np.asarray(x).astype(numpy_dtype(name))
+
+
+def from_numpy(x: np.ndarray, like: Array) -> Array:
+    """Return a copy of `x` with the framework, dtype and device of `like`."""
+    name = "float32" if x.dtype.name == "bfloat16" else x.dtype.name
+    known = np.array(x, name)  # few frameworks know the bfloat16 of ml_dtypes
+    new = cast(namespace(like).asarray(known), dtype_name(like))
+    if framework(like) in ("torch", "cupy", "jax"):
+        return array_api_compat.to_device(new, array_api_compat.device(like))
+    return new
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """Return NumPy's dtype called `name`; bfloat16 is that of ml_dtypes.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        ml_dtypes is not installed.
+    """
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ModuleNotFoundError as why:
+        raise ModuleNotFoundError(
+            "bfloat16 in NumPy needs ml_dtypes: pip install ml_dtypes"
+        ) from why
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 def write(out: Any, value: Any, what: str) -> Any:

@@ -1,56 +1,48 @@
-"""The pure faces: `lars_update`, and `init` / `update` with momentum, for any array."""
+"""The pure functions: `lars_update`, and `init` / `update` with momentum."""
 
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import array_api_compat
-import numpy as np
+from typing import Any, NamedTuple
 
 from larskit import engines
 from larskit.arrays import (
+    Array,
+    Scalar,
     cast,
-    check_floating,
     check_writable,
     compiles,
     dtype_name,
     framework,
-    is_array,
     namespace,
     stop_gradient,
     unwritable,
     write,
 )
-from larskit.config import Config, Denominator, LrPlacement, check_lr, is_number
+from larskit.config import Config, Denominator, LrPlacement, is_number
+from larskit.layers import Layers
 from larskit.rule import at_step
-from larskit.select import Selection, check_matched, select
+from larskit.select import Selection
 from larskit.tree import (
-    dotted,
-    flatten,
-    holder,
+    Leaf,
+    Tree,
+    broadcast_leaves,
     is_leaf,
-    rewrap,
-    spread,
-    unflatten,
     unwrap,
+    wrapped_attribute,
 )
-
-if TYPE_CHECKING:
-    from larskit.checkpoint import Names, PortableState
 
 
 def lars_update(
-    w: Any,
-    dcdw: Any,
-    lr: Any,
+    w: Tree,
+    dcdw: Tree,
+    lr: Scalar | Tree,
     /,
     *,
-    decay_lambda: Any = 0,
+    decay_lambda: Scalar | Tree = 0,
     stop_gradients: bool = True,
-    out: Any = None,
-) -> Any:
+    out: Tree = None,
+) -> Tree:
     """Move weights along their gradients by layer-wise adaptive rate scaling.
 
     Each leaf is one layer: ``w - lr*r*(dcdw + decay_lambda*w)`` with the trust ratio
@@ -77,7 +69,7 @@ def lars_update(
     out : like `w`, optional
         Receives the result, of the weights' shapes and dtypes; may be `w` itself or
         overlap it. JAX arrays and TensorFlow's constants cannot be written, unless a
-        holder (`Array`, ``ivy.Array``) can take up new ones.
+        wrapper (`Array`, ``ivy.Array``) can take up new ones.
 
     Returns
     -------
@@ -106,10 +98,10 @@ def lars_update(
     >>> lars_update(np.array([3.0, 4.0]), np.array([0.0, 2.0]), 0.1)
     array([3. , 3.5])
     """
-    layers = _Layers(w, "w")
+    layers = Layers(w, "w")
     columns: Any = (
         layers.arrays,
-        layers.like(dcdw, "dcdw"),
+        layers.arrays_of(dcdw, "dcdw"),
         layers.rates(lr, "lr"),
         layers.rates(decay_lambda, "decay_lambda"),
     )
@@ -133,18 +125,18 @@ def lars_update(
     return out
 
 
-def _receivers(layers: "_Layers", w: Any, out: Any, differentiable: bool) -> list[Any]:
+def _receivers(layers: Layers, w: Tree, out: Tree, differentiable: bool) -> list[Leaf]:
     """Return the leaves of `out`, after checking that each can take its result."""
     if is_leaf(out) and not is_leaf(w):
         raise TypeError(
             f"out is one {type(out).__name__}, but the weights are a "
             f"{type(w).__name__}: pass a container like the weights"
         )
-    leaves = spread(out, layers.paths, "out")
-    arrays = layers.like(out, "out")
+    leaves = broadcast_leaves(out, layers.paths, "out")
+    arrays = layers.arrays_of(out, "out")
     taken: dict[int, str] = {}
-    for leaf, array, what in zip(leaves, arrays, layers.named("out"), strict=True):
-        if holder(leaf) is None:
+    for leaf, array, what in zip(leaves, arrays, layers.labels("out"), strict=True):
+        if wrapped_attribute(leaf) is None:
             check_writable(array, what, differentiable)
         if id(array) in taken:
             raise ValueError(
@@ -155,11 +147,11 @@ def _receivers(layers: "_Layers", w: Any, out: Any, differentiable: bool) -> lis
     return leaves
 
 
-def _store(receiver: Any, new: Any, differentiable: bool) -> None:
-    """Write a result into an array, or have its holder take it up."""
-    held, array = holder(receiver), unwrap(receiver)
-    if held and unwritable(array, differentiable):
-        setattr(receiver, held, new)
+def _store(receiver: Leaf, new: Array, differentiable: bool) -> None:
+    """Write a result into an array, or replace the array of a wrapper by it."""
+    attribute, array = wrapped_attribute(receiver), unwrap(receiver)
+    if attribute and unwritable(array, differentiable):
+        setattr(receiver, attribute, new)
     else:
         write(array, new, "out")
 
@@ -175,11 +167,11 @@ class State(NamedTuple):
         The momentum buffers, in the parameters' dtypes.
     """
 
-    count: Any
-    momentum: Any
+    count: Scalar
+    momentum: Tree
 
 
-def init(params: Any) -> State:
+def init(params: Tree) -> State:
     """Return the state before the first step: no steps, and buffers of zeros.
 
     Parameters
@@ -192,7 +184,7 @@ def init(params: Any) -> State:
     State
         Its `count` is an array in frameworks that compile, so that it can be traced.
     """
-    layers = _Layers(params, "params")
+    layers = Layers(params, "params")
     first = next(iter(layers.arrays), None)
     count = namespace(first).asarray(0) if compiles(first) else 0
     zeros = [namespace(w).zeros_like(stop_gradient(w)) for w in layers.arrays]
@@ -200,25 +192,25 @@ def init(params: Any) -> State:
 
 
 def update(
-    params: Any,
-    grads: Any,
+    params: Tree,
+    grads: Tree,
     state: State,
-    lr: Any,
-    momentum: Any = Config.momentum,
-    weight_decay: Any = Config.weight_decay,
-    trust_coefficient: Any = Config.trust_coefficient,
-    eps: Any = Config.eps,
+    lr: Scalar | Tree,
+    momentum: Scalar = Config.momentum,
+    weight_decay: Scalar = Config.weight_decay,
+    trust_coefficient: Scalar = Config.trust_coefficient,
+    eps: Scalar = Config.eps,
     *,
     denominator: Denominator = Config.denominator,
     lr_placement: LrPlacement = Config.lr_placement,
     nesterov: bool = Config.nesterov,
-    dampening: Any = Config.dampening,
+    dampening: Scalar = Config.dampening,
     clip: bool = Config.clip,
-    threshold: Any = Config.threshold,
+    threshold: Scalar = Config.threshold,
     adapt: Selection = None,
     decay: Selection = None,
     maximize: bool = Config.maximize,
-) -> tuple[Any, State]:
+) -> tuple[Tree, State]:
     """Take one step of LARS with momentum: ``params, state = update(...)``.
 
     Pure: nothing is written, and all of it can be traced (``jax.jit``,
@@ -285,11 +277,11 @@ def update(
         threshold=threshold,
         maximize=maximize,
     )
-    layers = _Layers(params, "params")
+    layers = Layers(params, "params")
     rows = zip(
         layers.arrays,
-        layers.like(grads, "grads"),
-        layers.like(state.momentum, "state.momentum"),
+        layers.arrays_of(grads, "grads"),
+        layers.arrays_of(state.momentum, "state.momentum"),
         layers.rates(lr, "lr"),
         layers.configs(at_step(config, state.count), adapt, decay),
         strict=True,
@@ -298,155 +290,6 @@ def update(
     new_params = layers.rebuilt(new_w for new_w, _ in moved)
     new_momentum = layers.rebuilt(new_v for _, new_v in moved)
     return new_params, State(state.count + 1, new_momentum)
-
-
-def to_portable(
-    params: Any,
-    state: State,
-    lr: Any = None,
-    *,
-    adapt: Selection = None,
-    decay: Selection = None,
-    **hyperparameters: Any,
-) -> "PortableState":
-    """Return the state in the form that the optimizers of all frameworks read.
-
-    Parameters
-    ----------
-    params, state
-        What the last `update` returned.
-    lr : float, array of one element, or a container of them, optional
-        The learning rate of the next step.
-    adapt, decay, **hyperparameters
-        Those that `update` is called with.
-
-    Returns
-    -------
-    PortableState
-        A copy, for `larskit.checkpoint.write_state`. The layers are named by their
-        dotted paths.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As `update` does.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from larskit.checkpoint import read_state, write_state
-    >>> params, how = {"kernel": np.ones((2, 2))}, {"momentum": 0.8}
-    >>> params, state = update(params, params, init(params), 1.0, **how)
-    >>> write_state(to_portable(params, state, 1.0, **how), "state.safetensors")
-    >>> state = from_portable(read_state("state.safetensors"), params, **how)
-    """
-    from larskit.checkpoint import PortableState
-
-    layers = _Layers(params, "params")
-    described = layers.described(lr, adapt, decay, hyperparameters)
-    buffers = layers.like(state.momentum, "state.momentum")
-    step = int(state.count)
-    kept = zip(described, buffers, strict=True) if step else ()
-    momentum = {name: _to_numpy(v) for name, v in kept}
-    return PortableState(step, described, momentum)
-
-
-def from_portable(
-    portable: "PortableState",
-    params: Any,
-    lr: Any = None,
-    *,
-    names: "Names" = None,
-    convert: bool = False,
-    adapt: Selection = None,
-    decay: Selection = None,
-    **hyperparameters: Any,
-) -> State:
-    """Return the state with which `update` goes on where any optimizer stopped.
-
-    Parameters
-    ----------
-    portable : PortableState
-        What `larskit.checkpoint.read_state` or an optimizer's ``portable_state()``
-        returned.
-    params : array, or any nesting of containers
-        The parameters, in the saved shapes.
-    lr : float, array of one element, or a container of them, optional
-        The learning rate of the next step; by default the saved one. Only `convert`
-        looks at it.
-    names, convert
-        See `larskit.checkpoint.load_optimizer`.
-    adapt, decay, **hyperparameters
-        Those that `update` will be called with. They must agree with the saved ones.
-
-    Returns
-    -------
-    State
-        Arrays of the framework, dtypes and devices of the parameters.
-
-    Raises
-    ------
-    ValueError, TypeError
-        The state does not fit, or does not say how many steps were taken.
-    """
-    layers = _Layers(params, "params")
-    described = layers.described(lr, adapt, decay, hyperparameters)
-    weights = dict(zip(described, layers.arrays, strict=True))
-    found = portable.fitted(described, weights, names=names, convert=convert)
-    check_count(found)
-    for name, layer in described.items():
-        if layer["lr"] is None:
-            layer["lr"] = found.layers[name].get("lr")
-    found = found.converted(described)
-    start = init(params)
-    zeros = layers.like(start.momentum, "momentum")
-    momentum = [
-        _from_numpy(found.momentum[name], zero) if name in found.momentum else zero
-        for name, zero in zip(described, zeros, strict=True)
-    ]
-    return State(start.count + found.step, layers.rebuilt(momentum))
-
-
-def check_count(portable: "PortableState") -> None:
-    """Refuse a state whose buffers and count do not tell first steps from later ones.
-
-    They have to with dampening, which a first step goes without.
-    """
-    step = portable.step
-    if step is None:
-        raise ValueError(
-            "the saved state does not say how many steps were taken, which State "
-            "counts: pass step= to save_optimizer, or dataclasses.replace(state, step=)"
-        )
-    for name, layer in portable.layers.items():
-        damped = layer["dampening"] and layer["denominator"] != "momentum"
-        if damped and (name in portable.momentum) != (step > 0):
-            has = "a" if name in portable.momentum else "no"
-            raise ValueError(
-                f"{name!r} has {has} momentum buffer after {step} steps, but State has "
-                "one count for all layers, and dampening depends on it: correct the "
-                "step, or go on in the framework that saved it"
-            )
-
-
-def _to_numpy(x: Any) -> np.ndarray:
-    """Copy an array to NumPy, in its dtype."""
-    from larskit.checkpoint import numpy_dtype
-
-    name = dtype_name(x)
-    x = cast(stop_gradient(x), "float32" if name == "bfloat16" else name)
-    if framework(x) in ("torch", "cupy"):
-        x = array_api_compat.to_device(x, "cpu")
-    return np.asarray(x).astype(numpy_dtype(name))
-
-
-def _from_numpy(x: np.ndarray, like: Any) -> Any:
-    """Return an array of the framework, dtype and device of `like`."""
-    x = x.astype(np.result_type(x, np.float32))  # only JAX knows NumPy's bfloat16
-    new = cast(namespace(like).asarray(x), dtype_name(like))
-    if framework(like) in ("torch", "cupy", "jax"):
-        return array_api_compat.to_device(new, array_api_compat.device(like))
-    return new
 
 
 def _moved(rows: list[Any], results: Sequence[Any] = ()) -> list[Any]:
@@ -488,120 +331,3 @@ def _is_recorded(x: Any) -> bool:
     """Whether PyTorch records what is computed from `x`."""
     recorded = framework(x) == "torch" and x.requires_grad
     return recorded and sys.modules["torch"].is_grad_enabled()
-
-
-class _Layers:
-    """The leaves of a container of weights, and what other containers have for them."""
-
-    def __init__(self, tree: Any, what: str) -> None:
-        self.paths, self.leaves, self.structure = flatten(tree)
-        self.arrays = [unwrap(leaf) for leaf in self.leaves]
-        for array, name in zip(self.arrays, self.named(what), strict=True):
-            if not is_array(array):
-                raise TypeError(
-                    f"{name} is a {type(array).__name__}, expected an array"
-                )
-            check_floating(array, name)
-
-    def named(self, what: str) -> list[str]:
-        """Say for each leaf where it lies, for messages."""
-        return [f"{what} at {dotted(path)!r}" if path else what for path in self.paths]
-
-    def like(self, tree: Any, what: str) -> list[Any]:
-        """Return the arrays of `tree`, which must be like the weights."""
-        found = [unwrap(leaf) for leaf in spread(tree, self.paths, what)]
-        for w, x, name in zip(self.arrays, found, self.named(what), strict=True):
-            _check_like(w, x, name)
-        return found
-
-    def rates(self, tree: Any, what: str) -> list[Any]:
-        """Return the one number that `tree` has for each leaf."""
-        found = zip(
-            spread(tree, self.paths, what), self.arrays, self.named(what), strict=True
-        )
-        return [_rate(unwrap(x), w, name) for x, w, name in found]
-
-    def configs(
-        self, config: Config, adapt: Selection, decay: Selection
-    ) -> list[Config]:
-        """Return the configuration of each layer."""
-        names = [dotted(path) for path in self.paths]
-        chosen = []
-        for what, selection in (("adapt", adapt), ("decay", decay)):
-            chosen.append(select(selection, names, self.arrays, what))
-            check_matched(selection, chosen[-1], what)
-        return [replace(config, adapt=a, decay=d) for a, d in zip(*chosen, strict=True)]
-
-    def described(
-        self, lr: Any, adapt: Selection, decay: Selection, hyperparameters: Any
-    ) -> dict[str, dict[str, Any]]:
-        """Return what a `PortableState` says of each layer."""
-        from larskit.checkpoint import layer
-
-        configs = self.configs(Config(**hyperparameters), adapt, decay)
-        rates = [None] * len(configs) if lr is None else self.rates(lr, "lr")
-        found = {}
-        for path, rate, config in zip(self.paths, rates, configs, strict=True):
-            if dotted(path) in found:
-                raise ValueError(
-                    f"two leaves are called {dotted(path)!r}, so that a file cannot "
-                    "tell them apart: rename one"
-                )
-            found[dotted(path)] = layer(rate, config)
-        return found
-
-    def rebuilt(self, arrays: Iterable[Any]) -> Any:
-        """Return a container like that of the weights around `arrays`."""
-        rows = zip(arrays, self.arrays, self.leaves, strict=True)
-        new = [rewrap(_exact(array, w), leaf) for array, w, leaf in rows]
-        return unflatten(self.structure, new)
-
-
-def _check_like(w: Any, x: Any, name: str) -> None:
-    if not is_array(x) or framework(x) != framework(w):
-        raise TypeError(
-            f"{name} is a {type(x).__name__}, expected an array of {framework(w)} "
-            "like the weights: convert it"
-        )
-    if tuple(x.shape) != tuple(w.shape):
-        raise ValueError(
-            f"{name} has the shape {tuple(x.shape)}, expected that of the weights, "
-            f"{tuple(w.shape)}"
-        )
-    if dtype_name(x) != dtype_name(w):
-        raise TypeError(
-            f"{name} has the dtype {dtype_name(x)}, expected that of the weights, "
-            f"{dtype_name(w)}: convert one of them"
-        )
-    check_floating(x, name)
-
-
-def _rate(value: Any, w: Any, name: str) -> Any:
-    """Return a rate as a checked float, or as a 0-d array of the weights' framework."""
-    if is_array(value):
-        if math.prod(value.shape) != 1:
-            raise ValueError(
-                f"{name} has the shape {tuple(value.shape)}, expected one number for "
-                "the whole layer: pass a float, a 0-d array, or a container of them"
-            )
-        if dtype_name(value).startswith(("bool", "complex")):
-            raise TypeError(f"{name} has the dtype {dtype_name(value)}: pass a number")
-        value = namespace(value).reshape(value, ())
-        if framework(value) == framework(w) != "numpy":
-            return value
-    else:
-        check_lr(value, name)
-    try:
-        value = float(stop_gradient(value))
-    except (TypeError, ValueError) as why:
-        raise TypeError(
-            f"{name} is a {type(value).__name__}, expected a number or an array of "
-            f"{framework(w)} with one element"
-        ) from why
-    check_lr(value, name)
-    return value
-
-
-def _exact(new: Any, like: Any) -> Any:
-    """Return `new` in the very dtype of `like`: NumPy's have a byte order too."""
-    return new.astype(like.dtype, copy=False) if framework(new) == "numpy" else new

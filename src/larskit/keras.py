@@ -17,7 +17,7 @@ except ModuleNotFoundError as why:
 
 from keras import ops
 
-from larskit import checkpoint, rule
+from larskit import rule
 from larskit.arrays import (
     cast,
     check_floating,
@@ -27,7 +27,6 @@ from larskit.arrays import (
     stop_gradient,
     widen,
 )
-from larskit.checkpoint import Names, PortableState
 from larskit.config import (
     NAMES,
     Config,
@@ -36,8 +35,10 @@ from larskit.config import (
     check_lr,
     is_number,
 )
-from larskit.functional import at_step, check_count
+from larskit.rule import at_step
 from larskit.select import Selection, check_matched, select
+from larskit.state import Names, PortableState
+from larskit.state.portable import hyperparameters
 
 _PER_LAYER = ("adapt", "decay")
 _SHARED = tuple(name for name in NAMES if name not in (*_PER_LAYER, "zero_guard"))
@@ -274,7 +275,7 @@ class LARS(keras.optimizers.Optimizer):
         w, v, lr = map(_tensor, (variable, buffer, learning_rate))
         g = cast(_tensor(gradient), dtype_name(widen(w)))
         config = at_step(self._config(index), _tensor(self.iterations))
-        new_w, new_v, _ = rule.update(w, g, v, lr, config)
+        new_w, new_v, _ = rule.step(w, g, v, lr, config)
         self.assign(variable, new_w)
         self.assign(buffer, new_v)
 
@@ -295,7 +296,7 @@ class LARS(keras.optimizers.Optimizer):
             `adapt` or `decay` is a function that is not registered with Keras.
         """
         shared = Config(**{key: getattr(self, key) for key in _SHARED})
-        plain = checkpoint.layer(None, shared)
+        plain = hyperparameters(None, shared)
         choice = {
             "adapt": _saved(self.adapt, "adapt"),
             "decay": _saved(self.decay, "decay"),
@@ -339,7 +340,7 @@ class LARS(keras.optimizers.Optimizer):
         return optimizer
 
     def portable_state(self) -> PortableState:
-        """Return the state for any framework, see `larskit.checkpoint.save_optimizer`.
+        """Return the state for any framework, see `larskit.state.save_optimizer`.
 
         The layers are named by ``variable.path``. The averages of ``use_ema`` are not
         in it.
@@ -369,12 +370,12 @@ class LARS(keras.optimizers.Optimizer):
     def load_portable_state(
         self, state: PortableState, *, names: Names = None, convert: bool = False
     ) -> None:
-        """Take a state of any framework, see `larskit.checkpoint.load_optimizer`.
+        """Take a state of any framework, see `larskit.state.load_optimizer`.
 
         Parameters
         ----------
         state, names, convert
-            See `larskit.checkpoint.load_optimizer`. A learning rate that is no schedule
+            See `larskit.state.load_optimizer`. A learning rate that is no schedule
             becomes the saved one. The averages of ``use_ema`` start anew from the
             present weights.
 
@@ -387,12 +388,11 @@ class LARS(keras.optimizers.Optimizer):
         variables, layers = self._described(None)
         weights = {path: variable for path, (variable, _) in variables.items()}
         found = state.fitted(layers, weights, names=names, convert=convert)
-        check_count(found)
+        step = found.counted_by("the optimizer", one_for_all=True)
         rate = self._resumed_rate(found)
         found = found.converted({key: {**x, "lr": rate} for key, x in layers.items()})
         for path, (_, buffer) in variables.items():
             _assign(buffer, found.momentum.get(path, np.zeros(buffer.shape)))
-        step: Any = found.step
         self._iterations.assign(step * self._steps_each)
         if self._has_constant_rate:
             self.learning_rate = rate
@@ -421,10 +421,8 @@ class LARS(keras.optimizers.Optimizer):
 
     def _resumed_rate(self, state: PortableState) -> float:
         """Return the rate of the next step: the saved one, or that of a schedule."""
-        saved = state.common_lr(state.layers) if self._has_constant_rate else None
-        rate = self._rate(state.step or 0) if saved is None else saved
-        check_lr(rate, "the saved lr")
-        return rate
+        own = self._rate(state.step or 0)
+        return state.resumed_lr(state.layers, own) if self._has_constant_rate else own
 
     def _described(self, rate: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return each (variable, buffer) and its hyper-parameters, by path."""
@@ -444,7 +442,7 @@ class LARS(keras.optimizers.Optimizer):
                     "them apart: give their layers names of their own"
                 )
             variables[path] = variable, buffer
-            layers[path] = checkpoint.layer(rate, self._config(index))
+            layers[path] = hyperparameters(rate, self._config(index))
         return variables, layers
 
     def _overwrite_averages(self) -> None:

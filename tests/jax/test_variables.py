@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from larskit import checkpoint
 from larskit.jax import TrainVar, Variable
 from larskit.jax.variables import Node
+from larskit.state import files
 
 
 class Box(Node):
@@ -431,7 +431,7 @@ def test_bfloat16_survives_the_file(tmp_path):
 def test_save_states_writes_the_variables_it_is_given(tmp_path):
     root = family()
     root.save_states(tmp_path / "state", {"a": root.weight, "b": jnp.ones(2)})
-    loaded = checkpoint.load(tmp_path / "state")
+    loaded = files.load(tmp_path / "state")
     assert {key: x.tolist() for key, x in loaded.items()} == {"a": [1], "b": [1, 1]}
 
 
@@ -450,7 +450,7 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path, change, error, messa
     for key, x in change.items():
         tensors[key] = np.asarray(x, "float32") if isinstance(x, list) else x
     kept = {key: x for key, x in tensors.items() if x is not None}
-    checkpoint.save(kept, tmp_path / "state")
+    files.save(kept, tmp_path / "state")
     before = values_of(root)
     with pytest.raises(error, match=message):
         root.load_states(tmp_path / "state")

@@ -16,8 +16,8 @@ import torch
 
 import larskit.jax
 import larskit.torch
-from larskit.checkpoint import load_optimizer, read_state, save_optimizer
 from larskit.jax import TrainVar
+from larskit.state import load_optimizer, read_state, save_optimizer
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 import keras

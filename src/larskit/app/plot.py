@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from larskit.app.results import Curves, Point
-from larskit.checkpoint import atomic
+from larskit.state import atomic
 
 COLOURS = {"lars": "C3", "larc": "C1", "sgd": "C0", "adamw": "C2"}
 

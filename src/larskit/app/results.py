@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from larskit.app import InputError
 from larskit.app.settings import Settings
-from larskit.checkpoint import atomic
+from larskit.state import atomic
 
 FORMAT = "larskit.study/1"
 FILE = "results.json"

@@ -20,7 +20,7 @@ from larskit.app.data import read
 from larskit.app.ranks import Ranks, Shard, here
 from larskit.app.settings import Settings
 from larskit.app.trainer import Trainer, check
-from larskit.checkpoint import atomic
+from larskit.state import atomic
 
 FORMAT = "larskit.train/1"
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from larskit import checkpoint, rule
+from larskit import rule
 from larskit.arrays import check_floating, is_array
-from larskit.checkpoint import Names, PortableState
 from larskit.config import Config, check_lr, is_number
 from larskit.jax.variables import Node, Variable, family, fitting, native, read, write
+from larskit.state import Names, PortableState
+from larskit.state.portable import hyperparameters
 
 
 class LARS(Node):
@@ -328,7 +329,7 @@ class LARS(Node):
         moved = []
         for key, w in self.vars_to_train.items():
             m = self.implicit_vars[f"{key}_m"]
-            new = rule.update(read(w), fitted[key], read(m), lr, self.config)
+            new = rule.step(read(w), fitted[key], read(m), lr, self.config)
             moved += [(w, new[0]), (m, new[1])]
         for variable, value in (*moved, (self.step_count, read(self.step_count) + 1)):
             write(variable, value)
@@ -341,14 +342,14 @@ class LARS(Node):
         Returns
         -------
         PortableState
-            A copy, for `larskit.checkpoint.write_state`; ``save_optimizer`` calls this.
+            A copy, for `larskit.state.write_state`; ``save_optimizer`` calls this.
         """
         rate = native(self.lr())
         momentum = {
             key: np.array(read(self.implicit_vars[f"{key}_m"]))
             for key in self.vars_to_train
         }
-        layers = {key: checkpoint.layer(rate, self.config) for key in momentum}
+        layers = {key: hyperparameters(rate, self.config) for key in momentum}
         return PortableState(int(read(self.step_count)), layers, momentum)
 
     def load_portable_state(
@@ -359,7 +360,7 @@ class LARS(Node):
         Parameters
         ----------
         state, names, convert
-            See `larskit.checkpoint.load_optimizer`. Where the learning rate is one
+            See `larskit.state.load_optimizer`. Where the learning rate is one
             number it becomes the saved one.
 
         Raises
@@ -369,16 +370,12 @@ class LARS(Node):
             then.
         """
         weights = {key: read(w) for key, w in self.vars_to_train.items()}
-        layers = {key: checkpoint.layer(None, self.config) for key in weights}
+        layers = {key: hyperparameters(None, self.config) for key in weights}
         found = state.fitted(layers, weights, names=names, convert=convert)
-        if found.step is None:
-            raise ValueError(
-                "the saved state does not say how many steps were taken, which "
-                f"{type(self).__name__} counts: pass step= when you save or load it"
-            )
+        step = found.counted_by(type(self).__name__)
         rate = self._resumed_rate(found)
         found = found.converted({key: {**x, "lr": rate} for key, x in layers.items()})
-        moved = [(self.step_count, _like(found.step, read(self.step_count)))]
+        moved = [(self.step_count, _like(step, read(self.step_count)))]
         for key in weights:
             m = self.implicit_vars[f"{key}_m"]
             moved.append((m, _like(found.momentum.get(key, 0.0), read(m))))
@@ -391,10 +388,7 @@ class LARS(Node):
         if not _is_constant(self.__dict__["lr"]):
             steps = () if hasattr(self.lr, "step_call") else (state.step,)
             return float(native(self.lr(*steps)))
-        saved = state.common_lr(self.vars_to_train)
-        rate = float(self.lr()) if saved is None else saved
-        check_lr(rate, "the saved lr")
-        return rate
+        return float(state.resumed_lr(self.vars_to_train, native(self.lr())))
 
     def _set_constant(self, rate: float) -> None:
         lr = self.__dict__["lr"]

@@ -14,9 +14,10 @@ from jax.tree_util import keystr
 from larskit import rule
 from larskit.arrays import cast, check_floating, dtype_name
 from larskit.config import Config, Denominator, LrPlacement, check_lr, is_number
-from larskit.functional import at_step
 from larskit.hook import Transformation
+from larskit.norm import root, sum_of_squares
 from larskit.norms import mesh
+from larskit.rule import at_step
 from larskit.select import check_matched, select
 
 Schedule = Any  # a number, an array of shape (), or a callable of the step count
@@ -354,37 +355,38 @@ def _descent(
     new, kept = [None] * len(layers), list(buffers)
     rows = [i for i, g in enumerate(grads) if g is not None]
     norms = _norms(rows, layers, grads, buffers, configs)
-    for i, w_norm, q in zip(rows, *norms, strict=True):
+    for i, own in zip(rows, norms, strict=True):
         w, g, v = layers[i].array, grads[i], buffers[i]
-        ratio = rule.trust_ratio(w_norm, q, lr, configs[i])
-        ratio = _along(layers[i].axis, ratio, w)
-        y, new_v = rule.descent(w, g, v, ratio, lr, configs[i])
+        y, kept[i], _ = rule.displacement(w, g, v, lr, configs[i], own)
         new[i] = cast(y, dtype_name(g))
-        kept[i] = new_v if v is None else cast(new_v, dtype_name(v))
     return new, kept
 
 
 def _norms(
     rows: list[int], layers: list[_Layer], grads: Any, buffers: Any, configs: Any
-) -> tuple[list[Any], list[Any]]:
-    """Return the lengths of weights, and of what is measured beside them."""
+) -> list[rule.Norms]:
+    """Return the norms of whole layers, each in a shape that broadcasts to its array."""
     w = [layers[i].array for i in rows]
-    q = [rule.measured(layers[i].array, grads[i], buffers[i], configs[i]) for i in rows]
-    squares = list(map(_squares, [layers[i].axis for i in rows] * 2, (*w, *q)))
+    measured = [
+        rule.measured_gradient(layers[i].array, grads[i], buffers[i], configs[i])
+        for i in rows
+    ]
+    axes = [layers[i].axis for i in rows] * 2
+    squares = list(map(_squares, axes, (*w, *measured)))
     squares = mesh.summed(squares, [layers[i].mesh_axes for i in rows] * 2)
-    norms = list(map(rule.root, squares))
-    return norms[: len(rows)], norms[len(rows) :]
+    norms = [_along(axis, root(x), w) for axis, x, w in zip(axes, squares, w * 2)]
+    return list(zip(norms[: len(rows)], norms[len(rows) :], strict=True))
 
 
 def _squares(axis: int | None, x: Any) -> Any:
     """Return the sum of squares of a layer, or of each along an axis."""
     if axis is None:
-        return rule.sum_of_squares(x)
-    return jax.vmap(rule.sum_of_squares, axis)(x)
+        return sum_of_squares(x)
+    return jax.vmap(sum_of_squares, axis)(x)
 
 
-def _along(axis: int | None, ratio: Any, w: Any) -> Any:
-    """Return a ratio for each layer along an axis, ready to multiply the array."""
+def _along(axis: int | None, norms: Any, w: Any) -> Any:
+    """Return a norm for each layer along an axis, so that it broadcasts to the array."""
     if axis is None:
-        return ratio
-    return jnp.expand_dims(ratio, [i for i in range(w.ndim) if i != axis % w.ndim])
+        return norms
+    return jnp.expand_dims(norms, [i for i in range(w.ndim) if i != axis % w.ndim])

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_pytree_node_class
 
-from larskit import checkpoint
 from larskit.arrays import dtype_name
+from larskit.state import files
 
 try:
     from jax.extend.core import get_opaque_trace_state
@@ -479,7 +479,7 @@ class Node:
         """
         if variables is None:
             variables = self.vars("relative")
-        checkpoint.save({key: native(x) for key, x in variables.items()}, filename)
+        files.save({key: native(x) for key, x in variables.items()}, filename)
 
     def load_states(self, filename: str | PathLike[str], verbose: bool = False) -> None:
         """Set the variables to what `save_states` wrote.
@@ -500,7 +500,7 @@ class Node:
         OSError
             It cannot be read.
         """
-        tensors = checkpoint.load(filename)
+        tensors = files.load(filename)
         own = self.vars("relative")
         known = {**self.train_vars("relative"), **own}
         for fault, keys in (

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from larskit import config as _config
 from larskit.arrays import check_floating
-from larskit.checkpoint import Names, PortableState
 from larskit.config import Config, Denominator, LrPlacement, OnNonfinite, check_lr
 from larskit.norms import check_layer
 from larskit.rule import LayerStats
 from larskit.select import Selection, check_matched, select
+from larskit.state import Names, PortableState
 from larskit.torch import foreign, portable
 from larskit.torch.bucket import LOW_PRECISION, PER_LAYER, is_selected
 from larskit.torch.stepper import PER_GROUP, SWITCHES, Stepper, policy_of, settings_of
@@ -223,7 +223,7 @@ class LARS(torch.optim.Optimizer):
             self.state[p][key] = x.to(p.device)
 
     def portable_state(self) -> PortableState:
-        """Return the state for any framework, see `larskit.checkpoint.save_optimizer`.
+        """Return the state for any framework, see `larskit.state.save_optimizer`.
 
         Of sharded parameters it is that of the whole layers, which every process must
         ask for. It does not say how many steps were taken.
@@ -233,7 +233,7 @@ class LARS(torch.optim.Optimizer):
     def load_portable_state(
         self, state: PortableState, *, names: Names = None, convert: bool = False
     ) -> None:
-        """Take a state of any framework, see `larskit.checkpoint.load_optimizer`.
+        """Take a state of any framework, see `larskit.state.load_optimizer`.
 
         The learning rates of the groups become the saved ones.
         """

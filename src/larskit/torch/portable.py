@@ -7,16 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from larskit import checkpoint
-from larskit.checkpoint import Names, PortableState
-from larskit.config import check_lr
+from larskit.arrays import Scalar, from_numpy, to_numpy
 from larskit.norms import is_sharded
+from larskit.state import Names, PortableState
+from larskit.state.portable import LayerTable, described
 from larskit.torch.bucket import PER_LAYER, is_selected
 from larskit.torch.plan import name_of
 from larskit.torch.stepper import settings_of
 
 # The parts of a state, and what they are called in `optimizer.state`.
 KINDS = {"momentum": "momentum_buffer", "master": "master_weight"}
+Group = dict[str, Any]  # a parameter group
 
 
 def portable_state(optimizer: torch.optim.Optimizer) -> PortableState:
@@ -28,7 +29,7 @@ def portable_state(optimizer: torch.optim.Optimizer) -> PortableState:
     Returns
     -------
     PortableState
-        A copy, for `larskit.checkpoint.write_state`; ``save_optimizer`` calls this. It
+        A copy, for `larskit.state.write_state`; ``save_optimizer`` calls this. It
         does not say how many steps were taken.
     """
     layers = _layers(optimizer)
@@ -55,7 +56,7 @@ def load_portable_state(
     Parameters
     ----------
     state, names, convert
-        See `larskit.checkpoint.load_optimizer`. The learning rates of the groups become
+        See `larskit.state.load_optimizer`. The learning rates of the groups become
         the saved ones.
 
     Raises
@@ -73,9 +74,8 @@ def load_portable_state(
     )
     rates = []
     for group in groups:
-        saved = found.common_lr(n for n, x in layers.items() if x.group is group)
-        rates.append(group["lr"] if saved is None else saved)
-        check_lr(rates[-1], "the saved lr")
+        own = (name for name, layer in layers.items() if layer.group is group)
+        rates.append(found.resumed_lr(own, group["lr"]))
     new = _tensors(found.converted(_at(rates, groups, layers)), layers)
     for group, rate in zip(groups, rates, strict=True):
         if isinstance(group["lr"], Tensor):
@@ -90,8 +90,8 @@ def load_portable_state(
 
 
 class _Layer(NamedTuple):
-    group: dict[str, Any]
-    weight: Any
+    group: Group
+    weight: Any  # a Tensor, or a DTensor
     described: dict[str, Any]
 
     @property
@@ -106,23 +106,23 @@ class _Layer(NamedTuple):
 
 
 def _layers(optimizer: torch.optim.Optimizer) -> dict[str, _Layer]:
-    found: dict[str, _Layer] = {}
+    rows = []
     for index, group in enumerate(optimizer.param_groups):
         config = settings_of(group).config
         for row, p in enumerate(group["params"]):
             adapt, decay = (is_selected(group, name, row) for name in PER_LAYER)
-            name = name_of(index, group, row)
-            if name in found:
-                raise ValueError(
-                    f"two parameters are called {name!r}, so that a file cannot tell "
-                    "them apart: name them as one model does"
-                )
             own = replace(config, adapt=adapt, decay=decay)
-            found[name] = _Layer(group, p, checkpoint.layer(group["lr"], own))
-    return found
+            rows.append((name_of(index, group, row), group, p, own))
+    table = described(
+        ((name, group["lr"], own) for name, group, _, own in rows),
+        "name the parameters as one model does",
+    )
+    return {name: _Layer(group, p, table[name]) for name, group, p, _ in rows}
 
 
-def _at(rates: list[Any], groups: list[Any], layers: dict[str, _Layer]) -> Any:
+def _at(
+    rates: list[Scalar], groups: list[Group], layers: dict[str, _Layer]
+) -> LayerTable:
     """Return the hyper-parameters of each layer at other rates of its group."""
     rate_of = {id(g): float(rate) for g, rate in zip(groups, rates, strict=True)}
     return {
@@ -131,12 +131,14 @@ def _at(rates: list[Any], groups: list[Any], layers: dict[str, _Layer]) -> Any:
     }
 
 
-def _tensors(state: PortableState, layers: dict[str, _Layer]) -> Any:
+def _tensors(
+    state: PortableState, layers: dict[str, _Layer]
+) -> dict[Tensor, dict[str, Tensor]]:
     """Return the tensors of each parameter, under their names in the optimizer."""
     arrays = {"momentum": state.momentum, "master": state.master}
     return {
         layer.weight: {
-            key: _placed(arrays[kind][name], layer)
+            key: _state_tensor(arrays[kind][name], layer)
             for kind, key in KINDS.items()
             if name in arrays[kind]
         }
@@ -146,26 +148,20 @@ def _tensors(state: PortableState, layers: dict[str, _Layer]) -> Any:
 
 def _whole(x: Any) -> np.ndarray:
     """Copy a tensor to NumPy, put together from all processes if it is sharded."""
-    x = x.full_tensor() if is_sharded(x) else x
-    x = x.detach().to("cpu", copy=True)
-    if x.dtype is torch.bfloat16:
-        return x.view(torch.int16).numpy().view(checkpoint.numpy_dtype("bfloat16"))
-    return x.numpy()
+    return to_numpy(x.full_tensor() if is_sharded(x) else x)
 
 
-def _placed(x: np.ndarray, layer: _Layer) -> Tensor:
-    """Return an array as a tensor that lies as the parameter does."""
-    exact = np.result_type(x, np.float32)  # PyTorch does not know NumPy's bfloat16
-    p, whole = layer.weight, torch.tensor(x.astype(exact)).to(layer.dtype)
+def _state_tensor(x: np.ndarray, layer: _Layer) -> Tensor:
+    """Return an array as a tensor with the layout of the parameter."""
+    p = layer.weight
+    whole = from_numpy(x, torch.empty((), dtype=layer.dtype, device=p.device))
     if not is_sharded(p):
-        return torch.empty_like(p, dtype=whole.dtype).copy_(whole)
+        return torch.empty_like(p, dtype=layer.dtype).copy_(whole)
     from torch.distributed.tensor import DTensor, Replicate
 
     from larskit.norms import dtensor
 
     mesh = p.device_mesh
     everywhere = [Replicate()] * mesh.ndim
-    replicated = DTensor.from_local(
-        whole.to(p.device), mesh, everywhere, run_check=False
-    )
+    replicated = DTensor.from_local(whole, mesh, everywhere, run_check=False)
     return dtensor.assemble(dtensor.shard(replicated, p), p)

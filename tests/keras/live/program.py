@@ -12,8 +12,8 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from larskit.checkpoint import load_optimizer, save_optimizer
 from larskit.keras import LARS
+from larskit.state import load_optimizer, save_optimizer
 
 FOLDER, BACKEND = Path(sys.argv[1]), keras.backend.backend()
 DATA = dict(np.load(FOLDER / "data.npz"))

@@ -1,164 +1,30 @@
-"""Files that are whole or not there: optimizer state, named arrays, and any other kind.
+"""The state of an optimizer without its framework, and the file that holds it.
 
-A file is written beside its destination, flushed to the disk and moved into place in
-one step, so that whatever interrupts the writing leaves the old file as it was.
-
-The state of an optimizer is a `PortableState`, which knows no framework. Every face
-gives and takes it: ``portable_state()`` and ``load_portable_state(state, ...)``.
-docs/checkpoints.md describes the file.
+Every API gives and takes a `PortableState`: ``portable_state()`` and
+``load_portable_state(state, ...)``. docs/checkpoints.md describes the file.
 """
 
 import json
 import operator
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from larskit.arrays import Scalar
+from larskit.config import Config, check_lr
+from larskit.state.files import atomic, deserialize, serialize
+
 FORMAT = 1
-Names = Mapping[str, str] | Callable[[str], str] | None
+Names = Mapping[str, str] | Callable[[str], str] | None  # from old names to new ones
+LayerTable = dict[str, dict[str, Any]]  # the hyper-parameters of each layer, by name
 
 _UNSIGNED = b"0" * 64
-_DTYPES = {
-    "BOOL": "bool",
-    "I8": "int8",
-    "U8": "uint8",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "I64": "int64",
-    "U64": "uint64",
-    "F64": "float64",
-}
-
-
-@contextmanager
-def atomic(filename: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a file that appears under its name only after the block has ended well.
-
-    Parameters
-    ----------
-    filename : path
-        Where the file shall be; an older one is replaced, through a symbolic link too.
-        Its folder must exist.
-    mode : {"wb", "w"}
-        Bytes (default) or text in UTF-8.
-
-    Yields
-    ------
-    file object
-        To write to. If the block raises, what was written is removed again.
-
-    Raises
-    ------
-    OSError
-        Of the kind that the system reports: the folder is missing or cannot be
-        written.
-    """
-    if mode not in ("wb", "w"):
-        raise ValueError(f"mode must be 'wb' or 'w', got {mode!r}")
-    target = Path(os.path.realpath(filename))
-    if target.is_dir():
-        raise IsADirectoryError(f"cannot write {filename}: it is a folder")
-    temporary = target.with_name(f".{target.name[:200]}.{os.urandom(6).hex()}.tmp")
-    try:
-        file = temporary.open("xb" if mode == "wb" else "x", encoding=_encoding(mode))
-    except OSError as why:
-        raise type(why)(
-            f"cannot write {filename}: {why.strerror}: {target.parent} must be a "
-            "folder that exists and can be written"
-        ) from why
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save(tensors: Mapping[str, Any], filename: str | os.PathLike[str]) -> None:
-    """Write named arrays to one safetensors file, all of them or none.
-
-    Parameters
-    ----------
-    tensors : mapping of str to array
-        Whatever `numpy.asarray` takes, of any shape; the dtypes of safetensors, among
-        them bfloat16 (that of ml_dtypes) but not complex128.
-    filename : path
-        See `atomic`.
-
-    Raises
-    ------
-    TypeError
-        Naming an array whose dtype safetensors cannot hold.
-    OSError
-        As `atomic` does.
-    """
-    data = _serialized(tensors)
-    with atomic(filename) as file:
-        file.write(data)
-
-
-def _serialized(tensors: Mapping[str, Any], metadata: Any = None) -> bytes:
-    serialize = _module("safetensors.numpy").save
-    arrays = {name: np.asarray(x, order="C") for name, x in tensors.items()}
-    for name, array in arrays.items():
-        if array.dtype.name not in _DTYPES.values():
-            raise TypeError(
-                f"{name!r} has the dtype {array.dtype}, expected one of "
-                f"{', '.join(_DTYPES.values())}: convert it first"
-            )
-    return serialize(arrays, metadata)
-
-
-def load(filename: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Read all arrays of a safetensors file.
-
-    Parameters
-    ----------
-    filename : path
-        A file of `save`, or of any other writer of safetensors.
-
-    Returns
-    -------
-    dict of str to numpy.ndarray
-        In the dtypes and shapes they were written in; bfloat16 needs ml_dtypes, which
-        comes with JAX.
-
-    Raises
-    ------
-    ValueError
-        The file is torn or of another kind.
-    OSError
-        It cannot be read.
-    """
-    return _arrays(Path(filename).read_bytes(), filename)
-
-
-def _arrays(data: bytes, filename: Any) -> dict[str, np.ndarray]:
-    safetensors = _module("safetensors")
-    try:
-        views = safetensors.deserialize(data)
-        return {name: _array(**view) for name, view in views}
-    except (safetensors.SafetensorError, KeyError) as why:
-        raise ValueError(
-            f"{filename} is torn, or no safetensors file of arrays ({why}): write it "
-            "again, or name another file"
-        ) from why
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +106,7 @@ class PortableState:
         Parameters
         ----------
         layers : mapping of str to mapping
-            The hyper-parameters of the optimizer's layers, see `layer`. All but the
+            Those of the optimizer's layers, see `hyperparameters`. All but the
             learning rates must agree.
         weights : mapping of str to array
             The layers, of any framework: their shapes must agree.
@@ -296,13 +162,60 @@ class PortableState:
             },
         )
 
-    def common_lr(self, names: Iterable[str]) -> float | None:
-        """Return the learning rate of layers that share one; None if none was saved.
+    def counted_by(self, owner: str, *, one_for_all: bool = False) -> int:
+        """Return how many steps were taken, for an optimizer that counts them.
+
+        Parameters
+        ----------
+        owner : str
+            What counts them, for messages.
+        one_for_all : bool, default=False
+            Whether its count tells the first step, which is not dampened, from later
+            ones. The buffers must then agree with it.
 
         Raises
         ------
         ValueError
-            They were saved with several.
+            The state does not say it, or a buffer contradicts it.
+        """
+        if self.step is None:
+            raise ValueError(
+                "the saved state does not say how many steps were taken, which "
+                f"{owner} counts: pass step= when you save or load it, or load "
+                "dataclasses.replace(state, step=...)"
+            )
+        if one_for_all:
+            for name, layer in self.layers.items():
+                self._check_first_step(name, layer, owner)
+        return self.step
+
+    def _check_first_step(
+        self, name: str, layer: Mapping[str, Any], owner: str
+    ) -> None:
+        step, has_buffer = self.step or 0, name in self.momentum
+        dampened = layer["dampening"] and layer["denominator"] != "momentum"
+        if dampened and has_buffer != (step > 0):
+            raise ValueError(
+                f"{name!r} has {'a' if has_buffer else 'no'} momentum buffer after "
+                f"{step} steps, but {owner} has one count for all layers, and "
+                "dampening depends on it: correct the step, or go on in the framework "
+                "that saved it"
+            )
+
+    def resumed_lr(self, names: Iterable[str], own: Scalar) -> Scalar:
+        """Return the learning rate that layers go on with: the saved one, if any.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Layers that share a learning rate.
+        own : float, or array of one element
+            What the optimizer has, for a state that does not say it.
+
+        Raises
+        ------
+        ValueError
+            They were saved with several, or with one that is negative or not finite.
         """
         found = {self.layers[name].get("lr"): name for name in names}
         if len(found) > 1:
@@ -312,11 +225,40 @@ class PortableState:
                 "but here they share one: give them parameter groups of their own, or "
                 "one rate before saving"
             )
-        return next(iter(found), None)
+        saved = next(iter(found), None)
+        rate = own if saved is None else saved
+        check_lr(rate, "the saved lr")
+        return rate
 
 
-def layer(lr: Any, config: Any) -> dict[str, Any]:
-    """Return what `PortableState` says of a layer, in plain numbers and strings."""
+def described(rows: Iterable[tuple[str, Scalar, Config]], remedy: str) -> LayerTable:
+    """Return the hyper-parameters of layers, by name.
+
+    Parameters
+    ----------
+    rows : iterable of (str, float or None, Config)
+        The name, the learning rate and the configuration of each layer.
+    remedy : str
+        What to do where two layers have one name, for the message.
+
+    Raises
+    ------
+    ValueError
+        Two layers have one name.
+    """
+    found: LayerTable = {}
+    for name, lr, config in rows:
+        if name in found:
+            raise ValueError(
+                f"two layers are called {name!r}, so that a file cannot tell them "
+                f"apart: {remedy}"
+            )
+        found[name] = hyperparameters(lr, config)
+    return found
+
+
+def hyperparameters(lr: Scalar, config: Config) -> dict[str, Any]:
+    """Return the hyper-parameters of a layer in plain numbers and strings."""
     values = {"lr": lr, **vars(config)}
     return {
         name: x if x is None or isinstance(x, (bool, str)) else float(x)
@@ -419,7 +361,7 @@ def write_state(state: PortableState, filename: str | os.PathLike[str]) -> None:
     Parameters
     ----------
     state : PortableState
-        What an optimizer's ``portable_state()`` or `larskit.functional.to_portable`
+        What an optimizer's ``portable_state()`` or `larskit.state.to_portable`
         returned.
     filename : path
         See `atomic`.
@@ -435,7 +377,7 @@ def write_state(state: PortableState, filename: str | os.PathLike[str]) -> None:
         for kind, arrays in state._arrays().items()
         for name, x in arrays.items()
     }
-    data = _serialized(tensors, {"larskit": json.dumps(about)})
+    data = serialize(tensors, {"larskit": json.dumps(about)})
     before, unsigned, after = data.partition(_UNSIGNED)
     with atomic(filename) as file:
         for part in (before, _checksum(before, unsigned, after).encode(), after):
@@ -461,7 +403,7 @@ def read_state(filename: str | os.PathLike[str]) -> PortableState:
         It cannot be read.
     """
     data = Path(filename).read_bytes()
-    tensors = _arrays(data, filename)
+    tensors = deserialize(data, filename)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     about = header.get("__metadata__", {}).get("larskit")
     if about is None:
@@ -507,8 +449,8 @@ def _check_portable(optimizer: Any) -> None:
     if not hasattr(optimizer, "load_portable_state"):
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}, expected a larskit.torch.LARS "
-            "or a larskit.jax.LARS: for functional state see larskit.functional."
-            "to_portable"
+            "or that of larskit.jax or larskit.keras: for the state of "
+            "larskit.functional see larskit.state.to_portable"
         )
 
 
@@ -599,28 +541,3 @@ def _listed(names: Collection[str]) -> str:
     """List some names; the first few of many."""
     shown = ", ".join(map(repr, [*names][:8]))
     return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
-
-
-def _encoding(mode: str) -> str | None:
-    return None if mode == "wb" else "utf-8"
-
-
-def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
-    return np.frombuffer(data, numpy_dtype(_DTYPES[dtype])).reshape(shape)
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """Return the dtype called `name`, also that of bfloat16."""
-    if name == "bfloat16":
-        return np.dtype(_module("ml_dtypes").bfloat16)
-    return np.dtype(name)
-
-
-def _module(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as why:
-        package = name.partition(".")[0]
-        raise ModuleNotFoundError(
-            f"checkpoints need {package}: pip install {package}"
-        ) from why
