@@ -365,7 +365,7 @@ def _descent(
 def _norms(
     rows: list[int], layers: list[_Layer], grads: Any, buffers: Any, configs: Any
 ) -> list[rule.Norms]:
-    """Return the norms of whole layers, each in a shape that broadcasts to its array."""
+    """Return the norms of whole layers, which broadcast to their arrays."""
     w = [layers[i].array for i in rows]
     measured = [
         rule.measured_gradient(layers[i].array, grads[i], buffers[i], configs[i])
@@ -374,7 +374,10 @@ def _norms(
     axes = [layers[i].axis for i in rows] * 2
     squares = list(map(_squares, axes, (*w, *measured)))
     squares = mesh.summed(squares, [layers[i].mesh_axes for i in rows] * 2)
-    norms = [_along(axis, root(x), w) for axis, x, w in zip(axes, squares, w * 2)]
+    norms = [
+        _along(axis, root(x), w)
+        for axis, x, w in zip(axes, squares, w * 2, strict=True)
+    ]
     return list(zip(norms[: len(rows)], norms[len(rows) :], strict=True))
 
 
@@ -386,7 +389,7 @@ def _squares(axis: int | None, x: Any) -> Any:
 
 
 def _along(axis: int | None, norms: Any, w: Any) -> Any:
-    """Return a norm for each layer along an axis, so that it broadcasts to the array."""
+    """Return a norm for each layer along an axis, which broadcasts to the array."""
     if axis is None:
         return norms
     return jnp.expand_dims(norms, [i for i in range(w.ndim) if i != axis % w.ndim])
