@@ -77,11 +77,14 @@ class Group(Protocol):
 
     Attributes
     ----------
+    engine : str
+        The name of the engine.
     weights, buffers : sequence of array
         After a step the new weights and buffers: the very arrays that were bound, where
-        those are written in place.
+        those are written in place. A layer that has no buffer yet has None.
     """
 
+    engine: str
     weights: Arrays
     buffers: Buffers
 

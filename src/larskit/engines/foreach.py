@@ -63,6 +63,7 @@ def bind(
 class Group:
     """Layers that are processed together, those of equal flags at a time."""
 
+    engine = "foreach"
     captured = False
 
     def __init__(self, layers: Layers, switches: Switches) -> None:
@@ -199,8 +200,7 @@ def _step_(part: _Part, lr: Any, full_stats: bool) -> tuple[Tensor, ...]:
     y, new_v, found = move(part, lr)
     if full_stats:
         found = (*found, _norms(y))
-    if not is_zero(part.config.momentum):
-        _store(part.buffers, new_v, part.weights)
+    _store(part.buffers, new_v, part.weights, not is_zero(part.config.momentum))
     torch._foreach_sub_(part.w, y)
     _copy(part.w, part.weights)
     return found
@@ -325,14 +325,18 @@ def _accumulate(v: list[Any], x: Tensors, config: Config) -> tuple[Tensors, Tens
     return list(torch._foreach_add(x, ahead)), new_v
 
 
-def _store(buffers: list[Any], new_v: Tensors, weights: Tensors) -> None:
-    """Keep the buffers that are not kept yet: new ones, and those of low precision."""
+def _store(
+    buffers: list[Any], new_v: Tensors, weights: Tensors, makes_missing: bool
+) -> None:
+    """Write the buffers that were not moved in place, and make the missing."""
     for i, (buffer, new) in enumerate(zip(buffers, new_v, strict=True)):
+        if new is buffer or (buffer is None and not makes_missing):
+            continue
         if weights[i].is_complex():
             new = torch.view_as_complex(new)
         if buffer is None:
             buffers[i] = new.to(weights[i].dtype)
-        elif buffer.dtype != new.dtype:
+        else:
             buffer.copy_(new)
 
 

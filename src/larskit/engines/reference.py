@@ -53,6 +53,7 @@ def bind(
 class Group:
     """Layers that are processed one after the other, in place or into new arrays."""
 
+    engine = "reference"
     captured = False
 
     def __init__(self, layers: Layers, switches: Switches) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from larskit.rule import LayerStats
 from larskit.torch.bucket import PER_LAYER, is_selected
-from larskit.torch.plan import Groups, name_of
+from larskit.torch.plan import Groups, Plan, name_of
 from larskit.torch.stepper import Stepper, policy_of
 
 
@@ -77,6 +77,11 @@ class StepInBackward(Stepper):
         """Return False: gradients are used before a scaler can look at them."""
         del groups
         return False
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans of the last step, one for each parameter."""
+        return [each.plan for each in self._last]
 
     def layer_stats(self) -> dict[str, LayerStats]:
         """Return the statistics of the last step, see `LARS.layer_stats`."""

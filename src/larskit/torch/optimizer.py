@@ -13,7 +13,7 @@ from larskit.norms import check_layer
 from larskit.rule import LayerStats
 from larskit.select import Selection, check_matched, select
 from larskit.state import Names, PortableState
-from larskit.torch import foreign, portable
+from larskit.torch import describe, foreign, portable
 from larskit.torch.bucket import LOW_PRECISION, PER_LAYER, is_selected
 from larskit.torch.stepper import PER_GROUP, SWITCHES, Stepper, policy_of, settings_of
 
@@ -277,6 +277,30 @@ class LARS(torch.optim.Optimizer):
         It then sets `grad_scale` and `found_inf` for the step, and waits for nothing.
         """
         return self._stepper.divides_grad_scale(self.param_groups)
+
+    def describe(self) -> str:
+        """Return a table of the layers.
+
+        Returns
+        -------
+        str
+            One line for each layer: its name and shape, whether it is adapted and
+            decayed, and the engine that took its last step. A layer that is not adapted
+            is marked where the learning rate is above 1.
+
+        Examples
+        --------
+        >>> optimizer = LARS(torch.nn.Linear(4, 2).named_parameters(), lr=2.0)
+        >>> print(optimizer.describe())
+        layer   shape  adapted  decayed  engine
+        weight  2x4    yes      yes      none yet
+        bias    2      no       no       none yet  steps at the raw rate of 2: ...
+        """
+        return describe.table(self.param_groups, self._stepper.plans)
+
+    def __repr__(self) -> str:
+        """Show the hyper-parameters, and which layers are excluded."""
+        return describe.summary(type(self).__name__, self.param_groups)
 
     def layer_stats(self) -> dict[str, LayerStats]:
         """Return the statistics of the last step.

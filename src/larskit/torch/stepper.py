@@ -157,6 +157,11 @@ class Stepper:
             for p in group["params"]
         )
 
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans of the last step."""
+        return [self.plan]
+
     def layer_stats(self) -> dict[str, LayerStats]:
         """Return the statistics of the last step, by name."""
         found: dict[str, LayerStats] = {}
