@@ -91,9 +91,10 @@ def _options(group: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     defaults = vars(_config.Config())
     yield "lr", group["lr"]
     for name, default in defaults.items():
-        if name not in (*PER_LAYER, "zero_guard") and group[name] is not default:
-            if isinstance(group[name], Tensor) or group[name] != default:
-                yield name, group[name]
+        if name in (*PER_LAYER, "zero_guard"):
+            continue
+        if isinstance(group[name], Tensor) or group[name] != default:
+            yield name, group[name]
 
 
 def _listed(names: list[str]) -> str:
