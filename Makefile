@@ -4,7 +4,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 SOURCES := .venv/modules pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 
-.PHONY: run test test-all test-gpu environments matrix lint format bench bench-jax bench-sharded bench-gpu dist clean
+.PHONY: run test test-integration test-distributed test-slow test-all test-gpu \
+	environments matrix lint format bench bench-jax bench-sharded bench-gpu dist clean
 
 run: .venv/app  ## the study that shows the point, then one full training
 	$(BIN)/larskit study --models convnet convnet-plain --optimizers sgd lars adamw \
@@ -12,11 +13,28 @@ run: .venv/app  ## the study that shows the point, then one full training
 	$(BIN)/larskit train --best-of runs/study/results.json --optimizer lars \
 		--epochs 30 --out runs/train --overwrite
 
-test: .venv/dev environments  ## every test but the slow ones, offline
-	PIP_NO_INDEX=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+# A test belongs to the last of these tiers that it is marked with. In each, ARGS go to pytest.
+PYTEST := PIP_NO_INDEX=1 $(BIN)/python -m pytest
+TIERS := test test-integration test-distributed test-slow
 
-test-all: .venv/dev environments  ## every test
-	PIP_NO_INDEX=1 $(BIN)/python -m pytest $(ARGS)
+test: .venv/dev  ## the tests that run in-process: what a change is tried with
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not (integration or distributed or slow)" $(PARALLEL) $(ARGS)
+
+test-integration: .venv/dev environments  ## other packages, every client, examples, commands
+	$(PYTEST) -m "integration and not (distributed or slow)" $(ARGS)
+
+test-distributed: .venv/dev  ## torchrun, eight devices, processes that are killed
+	$(PYTEST) -m "distributed and not slow" $(ARGS)
+
+test-slow: .venv/dev  ## what takes minutes, and hypothesis with many examples
+	$(PYTEST) -m "slow" $(ARGS)
+	$(PYTEST) -m "hypothesis and not slow" --hypothesis-profile=fuzz $(PARALLEL) $(ARGS)
+
+test-all: .venv/dev environments  ## every tier, and how long each takes
+	@for tier in $(TIERS); do \
+		begun=$$(date +%s); $(MAKE) --no-print-directory $$tier || failed=1; \
+		times="$$times\n$$tier: $$(($$(date +%s) - begun)) s"; \
+	done; printf "$$times\n"; exit $${failed:-0}
 
 test-gpu: .venv/dev  ## Triton's kernels on a real GPU, then under compute-sanitizer
 	LARSKIT_TEST_DEVICE=cuda $(BIN)/python -m pytest $(ARGS) tests/engines/test_agree.py \

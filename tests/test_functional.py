@@ -1009,7 +1009,7 @@ def exact(ours: Any, theirs: Any, ulps: int = 0) -> None:
 
 
 @kinds("numpy", "torch", "jax", "array_api_strict")
-@pytest.mark.parametrize("options", CONFIGS, ids=str)
+@pytest.mark.parametrize("options", CONFIGS)
 def test_update_is_the_rule_leaf_by_leaf(name, make, options):
     params, gradients = problem(make)
     start = {key: values(w).copy() for key, w in params.layer.items()}
@@ -1026,7 +1026,7 @@ def test_update_is_the_rule_leaf_by_leaf(name, make, options):
         assert (values(w) == start[key]).all(), "the input is left alone"
 
 
-@pytest.mark.parametrize("options", CONFIGS, ids=str)
+@pytest.mark.parametrize("options", CONFIGS)
 def test_update_under_jit_and_scan_with_traced_hyperparameters(options):
     params, gradients = problem(jnp.array)
     theirs, buffers = by_hand(params, gradients, 0.5, options)
@@ -1065,7 +1065,7 @@ def test_update_compiles_once():
 
 
 @kinds("tensorflow", "paddle")
-@pytest.mark.parametrize("options", CONFIGS, ids=str)
+@pytest.mark.parametrize("options", CONFIGS)
 def test_update_through_the_shims(name, make, options):
     numpy_params, numpy_gradients = problem(np.array)
     theirs, _ = by_hand(numpy_params, numpy_gradients, 0.5, options)

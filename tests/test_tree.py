@@ -4,10 +4,9 @@ import copy
 import dataclasses
 import inspect
 import pickle
-import subprocess
-import sys
 import types
 from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
+from pathlib import Path
 from typing import Any
 
 import flax.core
@@ -24,6 +23,7 @@ from hypothesis import strategies as st
 
 from larskit import Array, Container, lars_update, tree
 
+LATE_JAX = Path(__file__).parent / "live" / "late_jax.py"
 Point = namedtuple("Point", "x y")
 
 
@@ -89,7 +89,7 @@ CONTAINERS = [
 ]
 
 
-@pytest.mark.parametrize(("nested", "paths"), CONTAINERS, ids=str)
+@pytest.mark.parametrize(("nested", "paths"), CONTAINERS)
 def test_flatten_and_back(nested, paths):
     found, leaves, structure = tree.flatten(nested)
     assert sorted(found, key=str) == sorted(paths, key=str)
@@ -409,67 +409,20 @@ def test_any_keys_make_the_round_trip(items):
     assert pickle.loads(pickle.dumps(c)) == c
 
 
-LATE = {
-    "a Container that is older than JAX": """
-import importlib.util, numpy, larskit
-old = larskit.Container(b=numpy.ones(2), a={"k": numpy.ones(3)})
-assert importlib.util.find_spec("jax") is not None  # a mere look does not count
-hooks = len(sys.meta_path)
-import jax
-assert len(sys.meta_path) == hooks - 1
-doubled = jax.tree.map(lambda x: 2 * x, old)
-assert type(doubled) is type(doubled.a) is larskit.Container
-assert jax.jit(lambda c: c.a.k.sum())(old) == 3
-""",
-    "a submodule of JAX first": """
-import larskit
-import jax.numpy as jnp
-import jax
-assert jax.tree.leaves(larskit.Container(b=1, a=2)) == [2, 1]
-""",
-    "JAX before larskit": """
-import jax, larskit
-assert jax.tree.leaves(larskit.Container(b=1, a=2)) == [2, 1]
-assert not any(type(f).__module__ == "larskit.tree" for f in sys.meta_path)
-""",
-    "a JAX that cannot be imported": """
-import larskit
-sys.path.insert(0, BROKEN)
-for attempt in range(2):
-    try:
-        import jax
-    except ZeroDivisionError:
-        pass
-sys.path.remove(BROKEN)
-import jax
-assert jax.tree.leaves(larskit.Container(b=1, a=2)) == [2, 1]
-""",
-    "a JAX whose loader loads other modules too": """
-import larskit, zipfile
-with zipfile.ZipFile(f"{BROKEN}/all.zip", "w") as all:
-    all.writestr("jax.py", "import part as tree_util")
-    all.writestr("part.py", "register_pytree_with_keys = lambda *a: calls.append(a)\\n"
-                            "calls = []")
-sys.path.insert(0, f"{BROKEN}/all.zip")
-import jax
-assert [a[0] for a in jax.tree_util.calls] == [larskit.Container]
-""",
-    "no JAX at all": """
-sys.modules["jax"] = None
-import larskit
-assert larskit.Container(b=1).b == 1
-""",
-}
-
-
-@pytest.mark.parametrize("case", LATE)
-def test_jax_may_come_late(case, tmp_path):
-    (tmp_path / "jax.py").write_text("1 / 0")
-    code = f"import sys\nBROKEN = {str(tmp_path)!r}\n" + LATE[case]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "case",
+    [
+        "after_a_container",
+        "submodule_first",
+        "before_larskit",
+        "after_two_failures",
+        "with_a_loader_of_several",
+        "never",
+    ],
+)
+def test_jax_may_come_late(python, case, tmp_path):
+    python("-W", "error", LATE_JAX, case, tmp_path)
 
 
 SEED = "(self, dcdw, lr, /, *, decay_lambda=0, stop_gradients=True, out=None)"

@@ -155,6 +155,7 @@ def test_orbax_restores_the_state_exactly(momentum, dtype, devices, tmp_path):
         assert np.abs(kernel).max() > 0
 
 
+@pytest.mark.distributed
 def test_orbax_restores_sharded_states():
     """The test above, where there are eight devices."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}

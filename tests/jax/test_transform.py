@@ -62,7 +62,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_it_is_the_rule(options, jit):
     """As `functional.update` has it, with a changing rate."""
     found, state = train(
