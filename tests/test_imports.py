@@ -1,4 +1,4 @@
-"""What larskit loads when it is imported, and what it says where a package is missing."""
+"""What an import of larskit loads, and what it says where a package is missing."""
 
 import json
 from pathlib import Path
@@ -23,13 +23,17 @@ def test_import_is_light(python):
         ("modules larskit", []),
         ("modules larskit.checkpoint", []),
         ("modules larskit.jax", ["jax", "jaxlib"]),
-        ("names", []),
         ("function", []),
         ("hook", []),
     ],
 )
 def test_no_framework_is_loaded_but_the_one_that_is_asked_for(python, case, frameworks):
     assert python(PROGRAM, *case.split()) == f"{frameworks}\n"
+
+
+def test_its_names_are_there_before_what_they_load(python):
+    said = "[]\nmodule 'larskit' has no attribute 'tensorflow'\n"
+    assert python(PROGRAM, "names") == said
 
 
 def test_the_help_of_the_command_needs_no_framework(python):
@@ -47,6 +51,12 @@ def test_a_missing_framework_is_named_with_its_extra(python, api, named, way):
 
 def test_a_missing_backend_is_not_taken_for_a_missing_keras(python):
     assert python(PROGRAM, "without_backend").partition(".")[0].strip() == "torch"
+
+
+def test_the_hook_is_attached_to_optimizers_only(python):
+    said = python(PROGRAM, "attach")
+    assert "expected a torch.optim.Optimizer" in said
+    assert said.endswith("\n[]\n")
 
 
 def test_the_command_names_each_missing_package(python, tmp_path):

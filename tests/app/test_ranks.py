@@ -1,4 +1,4 @@
-"""What the processes of a training divide among themselves, looked at in one of them."""
+"""What the processes of a training divide among themselves."""
 
 import io
 from pathlib import Path

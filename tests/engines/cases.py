@@ -65,7 +65,7 @@ def pairwise(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 
 def covering(dtypes: Sequence[Any]) -> list[tuple[Config, Any]]:
-    """Return configurations and dtypes in which any two values meet; then the extras."""
+    """Return configurations with dtypes: any two values meet; then the extras."""
     configs = {_values(config): config for config in CONFIGS[: -len(EXTRAS)]}
     rows = pairwise((*row, dtype) for row in configs for dtype in dtypes)
     extras = zip(CONFIGS[-len(EXTRAS) :], itertools.cycle(dtypes), strict=False)

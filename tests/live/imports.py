@@ -40,16 +40,14 @@ def light() -> None:
 
 
 def names() -> None:
-    """Look at larskit's names, and print what that loads."""
+    """Look at larskit's names; print what that loads, and what a wrong one gives."""
     larskit = importlib.import_module("larskit")
     assert {"torch", "jax", "keras"} <= set(dir(larskit))
-    try:
-        larskit.tensorflow  # noqa: B018
-    except AttributeError as why:
-        assert str(why) == "module 'larskit' has no attribute 'tensorflow'"
-    else:
-        raise AssertionError("larskit has a tensorflow")
     loaded()
+    try:
+        print(larskit.tensorflow)
+    except AttributeError as why:
+        print(why)
 
 
 def without(framework: str, api: str, way: str) -> None:
@@ -85,7 +83,7 @@ def function() -> None:
 
 
 def hook() -> None:
-    """Call the hook as Chainer does, and attach it to what is no optimizer."""
+    """Call the hook as Chainer does."""
     import numpy as np
 
     import larskit
@@ -93,12 +91,17 @@ def hook() -> None:
     layer: Any = SimpleNamespace(data=np.ones(2), grad=np.full(2, 2.0))
     larskit.GradientLARS(eps=0.0)(None, layer)
     assert (layer.grad == 1).all()
+    loaded()
+
+
+def attach() -> None:
+    """Attach the hook to what is no optimizer."""
+    import larskit
+
     try:
-        larskit.GradientLARS().attach(layer)
-    except TypeError as error:
-        assert "expected a torch.optim.Optimizer" in str(error)
-    else:
-        raise AssertionError("attached to anything")
+        print(larskit.GradientLARS().attach(object()))  # pyright: ignore
+    except TypeError as why:
+        print(why)
     loaded()
 
 
