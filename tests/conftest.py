@@ -135,11 +135,9 @@ def described(x: object) -> str | None:
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         x = changed(x)
     if isinstance(x, Mapping):
-        x = x.get("kwargs", x)  # of a golden case
-        return (
-            "-".join(option(str(name), value) for name, value in x.items())
-            or "defaults"
-        )
+        options: Any = x.get("kwargs", x)  # of a golden case
+        words = [option(str(name), value) for name, value in options.items()]
+        return "-".join(words) or "defaults"
     if isinstance(x, list | tuple):
         return shortened(" ".join(map(word, x)))
     if isinstance(x, partial):

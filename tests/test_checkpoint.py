@@ -35,7 +35,7 @@ TENSORS = st.dictionaries(
 )
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tensors=TENSORS)
 def test_what_is_loaded_is_what_was_saved(tmp_path, tensors):
     checkpoint.save(tensors, tmp_path / "state")

@@ -21,7 +21,7 @@ import numpy as np
 import optree
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from larskit import Array, Container, functional, lars_update, rule
@@ -908,7 +908,6 @@ def part(nested: Any, take: Any) -> Any:
     return [part(x, take) for x in nested]
 
 
-@settings(deadline=None)
 @given(layers(), rate, st.floats(1e-3, 1e3))
 def test_the_scale_of_the_gradient_does_not_matter(layer, lr, factor):
     w, g = (x.astype("float64") for x in layer)
@@ -917,7 +916,6 @@ def test_the_scale_of_the_gradient_does_not_matter(layer, lr, factor):
         np.testing.assert_allclose(one, other, rtol=1e-13, atol=1e-13 * lr)
 
 
-@settings(deadline=None)
 @given(layers(), rate)
 def test_a_layer_moves_by_its_own_length(layer, lr):
     w, g = (x.astype("float64") for x in layer)
@@ -927,7 +925,6 @@ def test_a_layer_moves_by_its_own_length(layer, lr):
         np.testing.assert_allclose(step, lr * length, rtol=1e-12, atol=1e-14 * length)
 
 
-@settings(deadline=None)
 @given(layers(), rate, rate)
 def test_containers_and_arrays_agree_with_the_formula(layer, lr, decay):
     w, g = (x.astype("float64") for x in layer)
@@ -938,7 +935,6 @@ def test_containers_and_arrays_agree_with_the_formula(layer, lr, decay):
     np.testing.assert_allclose(new, theirs, rtol=0, atol=1e-14 * largest)
 
 
-@settings(max_examples=40, deadline=None)
 @given(trees, rate, st.sampled_from([0, 0.25, 1.5]))
 def test_frameworks_agree_on_any_tree(nested, lr, decay):
     w, g = part(nested, lambda w, g: w), part(nested, lambda w, g: g)

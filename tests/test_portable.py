@@ -609,11 +609,7 @@ def test_a_decay_of_zero_is_no_decay(tmp_path, taker):
     assert_close(b.read(), a.read())
 
 
-@settings(
-    max_examples=200,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), cut=st.booleans())
 @pytest.mark.parametrize("taker", ["torch", "jax"])
 def test_a_damaged_file_changes_nothing(tmp_path, taker, place, cut):

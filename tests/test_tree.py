@@ -18,7 +18,7 @@ import optree
 import pytest
 import torch
 from flax import struct
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from larskit import Array, Container, lars_update, tree
@@ -396,7 +396,6 @@ def test_jax_walks_containers():
     assert jax.vmap(lambda c: c.w.sum())(Container(w=jnp.ones((3, 2)))).shape == (3,)
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(st.one_of(st.text(), st.integers(), st.booleans()), st.integers())
 )

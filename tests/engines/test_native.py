@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import EXACT, LAYOUTS, array, configs, same, steps, strange_step
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,7 +29,6 @@ def test_it_is_there():
 LISTS = st.lists(SIZES, min_size=1, max_size=5)
 
 
-@settings(max_examples=150, deadline=None)
 @given(configs(), LISTS, st.sampled_from(EXACT), LAYOUTS, st.sampled_from([1, 2, 3, 8]))
 def test_the_bits_are_those_of_the_reference(config, sizes, dtypes, layout, threads):
     ours = steps(native, sizes, dtypes, config, layout, threads=threads)
@@ -64,7 +63,6 @@ def carried_steps(sizes, dtypes, config, threads, layout, disturb=None):
     return w + [x for x in v if x is not None]
 
 
-@settings(max_examples=60, deadline=None)
 @given(configs(), LISTS, st.sampled_from(EXACT), LAYOUTS, st.sampled_from([1, 2, 3, 8]))
 def test_carried_lengths_change_no_bit(config, sizes, dtypes, layout, threads):
     ours = carried_steps(sizes, dtypes, config, threads, layout)

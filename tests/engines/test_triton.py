@@ -29,7 +29,7 @@ def full(value, *shape):
     return torch.full(shape, float(value), device=DEVICE)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=settings().max_examples // 4)  # each is interpreted
 @given(configs(), LISTS, st.sampled_from(EXACT), LAYOUTS)
 def test_the_bits_are_those_of_the_reference(config, sizes, dtypes, layout):
     ours = steps(triton, sizes, dtypes, config, layout, 2, device=DEVICE)

@@ -1,4 +1,4 @@
-"""The runner of `make matrix`, on two of its rows and on some that must fail."""
+"""Every row of `make matrix`, and some that must fail."""
 
 import re
 

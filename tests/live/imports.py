@@ -119,7 +119,8 @@ def command_without(*packages: str) -> None:
     from larskit.cli import main
 
     sys.stderr = sys.stdout
-    sys.modules.update(dict.fromkeys(packages))  # pyright: ignore[reportArgumentType]
+    for name in packages:
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType]
     for name in packages:
         assert main(["study"]) == 2
         del sys.modules[name]

@@ -232,8 +232,20 @@ SCALED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("overflows", [(), (0,), (2,), (0, 1, 3)])
-@pytest.mark.parametrize("options", SCALED)
+# The second has what the others have.
+OVERFLOWS = [(), (0, 1, 3), (0,), (2,)]
+
+
+@pytest.mark.parametrize(
+    ("options", "overflows"),
+    [
+        pytest.param(
+            options, steps, marks=[pytest.mark.slow] if options and i > 1 else []
+        )
+        for options in SCALED
+        for i, steps in enumerate(OVERFLOWS)
+    ],
+)
 def test_grad_scaler_leaves_its_scale_to_the_kernels(options, overflows):
     ours, our_scales = scaled_training(True, overflows, **options)
     theirs, their_scales = scaled_training(False, overflows, **options)
