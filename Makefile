@@ -4,7 +4,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 SOURCES := .venv/modules pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 
-.PHONY: run test test-all test-gpu environments matrix lint format bench bench-jax bench-sharded bench-gpu dist clean
+.PHONY: run test test-integration test-distributed test-slow test-all test-gpu \
+	environments matrix lint format bench bench-jax bench-sharded bench-gpu dist clean
 
 run: .venv/app  ## the study that shows the point, then one full training
 	$(BIN)/larskit study --models convnet convnet-plain --optimizers sgd lars adamw \
@@ -12,11 +13,34 @@ run: .venv/app  ## the study that shows the point, then one full training
 	$(BIN)/larskit train --best-of runs/study/results.json --optimizer lars \
 		--epochs 30 --out runs/train --overwrite
 
-test: .venv/dev environments  ## every test but the slow ones, offline
-	PIP_NO_INDEX=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+# A test belongs to the last of these tiers that it is marked with; ARGS are pytest's.
+TIERS := test test-integration test-distributed test-slow
+PYTEST := PIP_NO_INDEX=1 $(BIN)/python -m pytest
+# Test files in several processes, of one thread each; ARGS="-n0 --pdb" for a debugger.
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
-test-all: .venv/dev environments  ## every test
-	PIP_NO_INDEX=1 $(BIN)/python -m pytest $(ARGS)
+test: .venv/dev  ## the tests that run in-process: what a change is tried with
+	$(PARALLEL) -m "not (integration or distributed or slow)" $(ARGS)
+
+test-integration: .venv/dev environments  ## other packages, every client, examples, commands
+	$(PYTEST) -m "integration and not (distributed or slow)" $(ARGS)
+
+test-distributed: .venv/dev  ## torchrun, eight devices, processes that are killed
+	$(PYTEST) -m "distributed and not slow" $(ARGS)
+
+test-slow: .venv/dev  ## what takes minutes, and hypothesis with many examples
+	$(PARALLEL) -m slow $(ARGS)
+	$(PARALLEL) -m "hypothesis and not slow" --hypothesis-profile=fuzz $(ARGS)
+
+test-all: .venv/dev environments  ## every tier, and how long each takes; with ARGS, what they name
+ifdef ARGS
+	$(PYTEST) $(ARGS)
+else
+	@for tier in $(TIERS); do \
+		begun=$$(date +%s); $(MAKE) --no-print-directory $$tier || failed=1; \
+		times="$$times$$tier took $$(($$(date +%s) - begun)) s\n"; \
+	done; printf "$$times"; exit $${failed:-0}
+endif
 
 test-gpu: .venv/dev  ## Triton's kernels on a real GPU, then under compute-sanitizer
 	LARSKIT_TEST_DEVICE=cuda $(BIN)/python -m pytest $(ARGS) tests/engines/test_agree.py \
@@ -26,7 +50,7 @@ test-gpu: .venv/dev  ## Triton's kernels on a real GPU, then under compute-sanit
 			$(BIN)/python tests/engines/live/small.py || exit 1; \
 	done
 
-environments: .venv/dev  ## those of seeds and peers, in the user's cache folder
+environments: .venv/dev  ## of other packages, in the user's cache folder: needs the network once
 	$(BIN)/python tests/interop/environments.py
 
 matrix: .venv/dev  ## one fit in every client, beside the rule; writes docs/matrix.md
@@ -62,7 +86,7 @@ dist: .venv/dev  ## sdist, and the wheel from it, tried in an environment of its
 		"$$environment/bin/python" -I tests/smoke_wheel.py
 
 clean:
-	rm -rf .venv build dist runs .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist runs .pytest_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

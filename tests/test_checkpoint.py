@@ -3,8 +3,8 @@ import json
 import os
 import re
 import struct
-import subprocess
 import sys
+from pathlib import Path
 
 import hypothesis.extra.numpy as arrays
 import ml_dtypes
@@ -25,6 +25,7 @@ from larskit.state import (
 )
 from larskit.state.portable import hyperparameters
 
+KILLED = Path(__file__).parent / "live" / "killed.py"
 DTYPES = st.sampled_from(
     ["bool", "int8", "int32", "uint64", "float16", "float32", "float64", "complex64"]
 )
@@ -35,7 +36,7 @@ TENSORS = st.dictionaries(
 )
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tensors=TENSORS)
 def test_what_is_loaded_is_what_was_saved(tmp_path, tensors):
     files.save(tensors, tmp_path / "state")
@@ -152,19 +153,11 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, failure):
     assert os.listdir(tmp_path) == ["state"]
 
 
-def test_a_process_that_is_killed_while_writing_leaves_the_old_file(tmp_path):
+@pytest.mark.distributed
+def test_a_process_that_is_killed_while_writing_leaves_the_old_file(python, tmp_path):
     file = tmp_path / "state"
     file.write_text("old")
-    code = (
-        "import os, sys\n"
-        "from larskit.state import atomic\n"
-        "with atomic(sys.argv[1]) as file:\n"
-        "    file.write(b'half')\n"
-        "    file.flush()\n"
-        "    os._exit(9)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(file)], check=False)
-    assert done.returncode == 9
+    python(KILLED, "between_two_writes", file, code=9)
     assert file.read_text() == "old"
 
 
@@ -210,17 +203,6 @@ def test_an_unwritable_folder_is_named(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match=expected):
         files.save({"x": np.ones(3)}, tmp_path / "state")
     assert not os.listdir(tmp_path)
-
-
-def test_importing_it_loads_no_framework_and_no_safetensors():
-    code = (
-        "import sys, larskit.state\n"
-        "print([m for m in ('jax', 'torch', 'safetensors') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    )
-    assert done.stdout == "[]\n"
 
 
 LAYER = hyperparameters(0.5, Config(dampening=0.1))
@@ -359,7 +341,12 @@ def test_plain_safetensors_are_no_state(tmp_path):
         ({"format": 1}, b"", "breaks the rules .*sha256"),
         ([], b"", "breaks the rules"),
     ],
-)
+    ids=[
+        "negative step", "a float", "a flag", "a list of layers", "a number as layer",
+        "no layers", "velocity", "empty digest", "a number as digest", "no digest",
+        "a list",
+    ],
+)  # fmt: skip
 def test_a_file_that_breaks_the_rules_is_refused(tmp_path, about, tensors, message):
     file = tmp_path / "state"
     file.write_bytes(by_hand(about, tensors, bytes(4) if tensors else b""))
@@ -458,17 +445,10 @@ def test_a_failure_while_a_state_is_written_leaves_the_old_one(tmp_path, monkeyp
     assert os.listdir(tmp_path) == ["state"]
 
 
-def test_a_process_that_is_killed_while_a_state_is_written_leaves_the_old(tmp_path):
+@pytest.mark.distributed
+def test_a_process_killed_while_a_state_is_written_leaves_the_old(python, tmp_path):
     write_state(state(), tmp_path / "state")
-    code = (
-        "import os, sys\n"
-        "from larskit.state import read_state, write_state\n"
-        "state = read_state(sys.argv[1])\n"
-        "os.fsync = lambda _: os._exit(9)\n"
-        "write_state(state.renamed(str.upper), sys.argv[1])\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "state")]
-    assert subprocess.run(command, check=False).returncode == 9
+    python(KILLED, "before_a_state_is_on_disk", tmp_path / "state", code=9)
     assert [*read_state(tmp_path / "state").layers] == [*state().layers]
 
 

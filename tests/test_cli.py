@@ -31,23 +31,12 @@ def test_help_says_what_there_is(capsys, command):
         assert "that of lars goes with a trust coefficient of 0.01" in text
 
 
-def test_help_needs_no_framework():
-    code = """
-import sys
-from larskit.cli import main
-try:
-    main(["train", "--help"])
-except SystemExit:
-    pass
-heavy = {"torch", "sklearn", "rich", "matplotlib", "PIL", "jax"} & set(sys.modules)
-assert not heavy, heavy
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-
-
+@pytest.mark.integration
 def test_the_package_is_a_command(tmp_path):
     command = [sys.executable, "-m", "larskit", "train", "--lr", "0"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == "larskit: --lr must be a finite number above 0, got 0.0\n"
@@ -84,30 +73,6 @@ def test_the_package_is_a_command(tmp_path):
 def test_bad_input_is_one_sentence(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in failing(capsys, *arguments)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_missing_package_is_named(tmp_path):
-    code = """
-import sys
-from larskit.cli import main
-
-missing = ["rich", "matplotlib", "torch", "sklearn"]
-sys.modules.update(dict.fromkeys(missing))
-for name in missing:
-    assert main(["study"]) == 2
-    print(name, file=sys.stderr)
-    del sys.modules[name]
-"""
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    lines = result.stderr.splitlines()
-    for sentence, name in zip(lines[::2], lines[1::2], strict=True):
-        assert sentence == (
-            f"larskit: {name} is needed, but not installed: pip install 'larskit[app]'"
-        )
-    assert len(lines) == 8
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,6 +16,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "larskit"
 CORE = ("numpy", "array-api-compat", "optree", "typing_extensions")
 BROKEN = "raise OSError('libtorch.so:\\n  no such file')"
 COMMAND = ("-m", "larskit", "doctor")
+PROGRAM = str(Path(__file__).parent / "live" / "doctor.py")
+pytestmark = pytest.mark.integration
 
 
 def doctor(*arguments: str, **variables: str) -> dict[str, str]:
@@ -24,6 +26,7 @@ def doctor(*arguments: str, **variables: str) -> dict[str, str]:
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
+        timeout=120,
         env=os.environ | variables,
     )
     assert done.returncode == 0, done.stderr
@@ -110,13 +113,7 @@ def test_a_framework_that_breaks_is_quoted(bare):
 
 
 def test_the_kernel_needs_no_torch():
-    code = """
-import sys
-sys.modules["torch"] = None
-from larskit.cli import main
-sys.exit(main(["doctor"]))
-"""
-    table = doctor("-c", code, LARSKIT_NUM_THREADS="3")
+    table = doctor(PROGRAM, "without_torch", LARSKIT_NUM_THREADS="3")
     assert table["engine foreach"] == "not available: torch is not installed"
     assert table["engine native"] == "available"
     assert table["threads"] == "3 for NumPy arrays"
@@ -128,11 +125,4 @@ def test_a_wrong_number_of_threads_is_quoted():
 
 
 def test_what_only_has_its_version_read_is_not_imported():
-    code = """
-import sys
-from larskit.doctor import report
-report()
-heavy = {"jax", "keras", "tensorflow", "paddle", "sklearn", "rich", "matplotlib"}
-print("imported ", sorted(heavy & set(sys.modules)))
-"""
-    assert doctor("-c", code) == {"imported": "[]"}
+    assert doctor(PROGRAM, "imported") == {"imported": "[]"}

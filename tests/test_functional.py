@@ -21,7 +21,7 @@ import numpy as np
 import optree
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from larskit import Array, Container, functional, lars_update, rule
@@ -908,7 +908,6 @@ def part(nested: Any, take: Any) -> Any:
     return [part(x, take) for x in nested]
 
 
-@settings(deadline=None)
 @given(layers(), rate, st.floats(1e-3, 1e3))
 def test_the_scale_of_the_gradient_does_not_matter(layer, lr, factor):
     w, g = (x.astype("float64") for x in layer)
@@ -917,7 +916,6 @@ def test_the_scale_of_the_gradient_does_not_matter(layer, lr, factor):
         np.testing.assert_allclose(one, other, rtol=1e-13, atol=1e-13 * lr)
 
 
-@settings(deadline=None)
 @given(layers(), rate)
 def test_a_layer_moves_by_its_own_length(layer, lr):
     w, g = (x.astype("float64") for x in layer)
@@ -927,7 +925,6 @@ def test_a_layer_moves_by_its_own_length(layer, lr):
         np.testing.assert_allclose(step, lr * length, rtol=1e-12, atol=1e-14 * length)
 
 
-@settings(deadline=None)
 @given(layers(), rate, rate)
 def test_containers_and_arrays_agree_with_the_formula(layer, lr, decay):
     w, g = (x.astype("float64") for x in layer)
@@ -938,7 +935,6 @@ def test_containers_and_arrays_agree_with_the_formula(layer, lr, decay):
     np.testing.assert_allclose(new, theirs, rtol=0, atol=1e-14 * largest)
 
 
-@settings(max_examples=40, deadline=None)
 @given(trees, rate, st.sampled_from([0, 0.25, 1.5]))
 def test_frameworks_agree_on_any_tree(nested, lr, decay):
     w, g = part(nested, lambda w, g: w), part(nested, lambda w, g: g)
@@ -1009,7 +1005,7 @@ def exact(ours: Any, theirs: Any, ulps: int = 0) -> None:
 
 
 @kinds("numpy", "torch", "jax", "array_api_strict")
-@pytest.mark.parametrize("options", CONFIGS, ids=str)
+@pytest.mark.parametrize("options", CONFIGS)
 def test_update_is_the_rule_leaf_by_leaf(name, make, options):
     params, gradients = problem(make)
     start = {key: values(w).copy() for key, w in params.layer.items()}
@@ -1026,7 +1022,7 @@ def test_update_is_the_rule_leaf_by_leaf(name, make, options):
         assert (values(w) == start[key]).all(), "the input is left alone"
 
 
-@pytest.mark.parametrize("options", CONFIGS, ids=str)
+@pytest.mark.parametrize("options", CONFIGS)
 def test_update_under_jit_and_scan_with_traced_hyperparameters(options):
     params, gradients = problem(jnp.array)
     theirs, buffers = by_hand(params, gradients, 0.5, options)
@@ -1065,7 +1061,7 @@ def test_update_compiles_once():
 
 
 @kinds("tensorflow", "paddle")
-@pytest.mark.parametrize("options", CONFIGS, ids=str)
+@pytest.mark.parametrize("options", CONFIGS)
 def test_update_through_the_shims(name, make, options):
     numpy_params, numpy_gradients = problem(np.array)
     theirs, _ = by_hand(numpy_params, numpy_gradients, 0.5, options)

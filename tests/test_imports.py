@@ -1,73 +1,67 @@
-"""`import larskit` is light, and a missing framework is named."""
+"""What an import of larskit loads, and what it says where a package is missing."""
 
-import subprocess
-import sys
+import json
+from pathlib import Path
 
 import pytest
 
-FRAMEWORKS = (
-    "torch", "jax", "jaxlib", "keras", "tensorflow", "paddle", "flax", "optax",
-    "brainpy", "chainer", "ivy", "safetensors", "matplotlib", "rich", "sklearn", "PIL",
-)  # fmt: skip
-SLACK = 0.2
+pytestmark = pytest.mark.integration
+PROGRAM = Path(__file__).parent / "live" / "imports.py"
+PACKAGES = {"larskit", "array_api_compat", "optree", "typing_extensions"}
+MODULES = 60  # at most, of which 35 are the packages that larskit requires
 
 
-def python(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_import_loads_no_framework():
-    code = f"import sys, larskit; print([f for f in {FRAMEWORKS} if f in sys.modules])"
-    assert python(code) == "[]"
-    listed = "import larskit; print({'torch', 'jax', 'keras'} <= set(dir(larskit)))"
-    assert python(listed) == "True"
-
-
-def test_import_is_light():
-    code = (
-        "import time, numpy; start = time.perf_counter(); import larskit; "
-        "print(time.perf_counter() - start)"
-    )
-    assert min(float(python(code)) for _ in range(5)) < SLACK
+def test_import_is_light(python):
+    packages, modules = json.loads(python(PROGRAM, "light"))
+    assert set(packages) <= PACKAGES
+    assert modules <= MODULES
 
 
 @pytest.mark.parametrize(
-    ("face", "framework", "named"),
-    [("torch", "torch", "PyTorch"), ("jax", "jax", "JAX"), ("keras", "keras", "Keras")],
+    ("case", "frameworks"),
+    [
+        ("modules larskit", []),
+        ("modules larskit.state", []),
+        ("modules larskit.jax", ["jax", "jaxlib"]),
+        ("function", []),
+        ("hook", []),
+    ],
 )
-@pytest.mark.parametrize("way", ["import larskit; larskit.{0}", "import larskit.{0}"])
-def test_a_missing_framework_is_named_with_its_extra(face, framework, named, way):
-    code = f"""
-import sys
-sys.modules["{framework}"] = None
-try:
-    {way.format(face)}
-except ImportError as why:
-    print(why)
-"""
-    message = f"larskit.{face} needs {named}: pip install 'larskit[{face}]'"
-    assert python(code) == message
+def test_no_framework_is_loaded_but_the_one_that_is_asked_for(python, case, frameworks):
+    assert python(PROGRAM, *case.split()) == f"{frameworks}\n"
 
 
-def test_a_missing_backend_is_not_taken_for_a_missing_keras():
-    code = """
-import os, sys
-os.environ["KERAS_BACKEND"] = "torch"
-sys.modules["torch"] = None
-try:
-    import larskit.keras
-except ImportError as why:
-    print(why.name)
-"""
-    assert python(code).partition(".")[0] == "torch"
+def test_its_names_are_there_before_what_they_load(python):
+    said = "[]\nmodule 'larskit' has no attribute 'tensorflow'\n"
+    assert python(PROGRAM, "names") == said
 
 
-def test_an_unknown_name():
-    code = (
-        "import larskit\ntry: larskit.tensorflow\nexcept AttributeError as e: print(e)"
-    )
-    assert python(code) == "module 'larskit' has no attribute 'tensorflow'"
+def test_the_help_of_the_command_needs_no_framework(python):
+    assert python(PROGRAM, "command_help").endswith("\n[]\n")
+
+
+@pytest.mark.parametrize(
+    ("api", "named"), [("torch", "PyTorch"), ("jax", "JAX"), ("keras", "Keras")]
+)
+@pytest.mark.parametrize("way", ["attribute", "import"])
+def test_a_missing_framework_is_named_with_its_extra(python, api, named, way):
+    message = f"larskit.{api} needs {named}: pip install 'larskit[{api}]'\n"
+    assert python(PROGRAM, "without", api, api, way) == message
+
+
+def test_a_missing_backend_is_not_taken_for_a_missing_keras(python):
+    assert python(PROGRAM, "without_backend").partition(".")[0].strip() == "torch"
+
+
+def test_the_hook_is_attached_to_optimizers_only(python):
+    said = python(PROGRAM, "attach")
+    assert "expected a torch.optim.Optimizer" in said
+    assert said.endswith("\n[]\n")
+
+
+def test_the_command_names_each_missing_package(python, tmp_path):
+    packages = ["rich", "matplotlib", "torch", "sklearn"]
+    message = "larskit: {} is needed, but not installed: pip install 'larskit[app]'"
+    said = python(PROGRAM, "command_without", *packages, cwd=tmp_path).splitlines()
+    assert said == [message.format(name) for name in packages]
+    assert list(tmp_path.iterdir()) == []

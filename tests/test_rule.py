@@ -64,7 +64,7 @@ def every_axis():
             continue
 
 
-@pytest.mark.parametrize("config", list(every_axis()), ids=str)
+@pytest.mark.parametrize("config", list(every_axis()))
 def test_every_axis_follows_its_equation(config):
     rng = np.random.default_rng(0)
     w, v, lr = rng.normal(size=(5, 3)), None, 0.5

@@ -4,10 +4,9 @@ import copy
 import dataclasses
 import inspect
 import pickle
-import subprocess
-import sys
 import types
 from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
+from pathlib import Path
 from typing import Any
 
 import flax.core
@@ -19,11 +18,12 @@ import optree
 import pytest
 import torch
 from flax import struct
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from larskit import Array, Container, lars_update, tree
 
+LATE_JAX = Path(__file__).parent / "live" / "late_jax.py"
 Point = namedtuple("Point", "x y")
 
 
@@ -89,7 +89,7 @@ CONTAINERS = [
 ]
 
 
-@pytest.mark.parametrize(("nested", "paths"), CONTAINERS, ids=str)
+@pytest.mark.parametrize(("nested", "paths"), CONTAINERS)
 def test_flatten_and_back(nested, paths):
     found, leaves, structure = tree.flatten(nested)
     assert sorted(found, key=str) == sorted(paths, key=str)
@@ -396,7 +396,6 @@ def test_jax_walks_containers():
     assert jax.vmap(lambda c: c.w.sum())(Container(w=jnp.ones((3, 2)))).shape == (3,)
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(st.one_of(st.text(), st.integers(), st.booleans()), st.integers())
 )
@@ -409,78 +408,22 @@ def test_any_keys_make_the_round_trip(items):
     assert pickle.loads(pickle.dumps(c)) == c
 
 
-LATE = {
-    "a Container is made after JAX was loaded": """
-old = larskit.Container(b=1, a={"k": 2})
-import jax
-assert type(larskit.Container()) is larskit.Container
-doubled = jax.tree.map(lambda x: 2 * x, old)
-assert type(doubled) is type(doubled.a) is larskit.Container
-""",
-    "a Container is unpickled after JAX was loaded": """
-import pickle
-data = pickle.dumps(larskit.Container(b=1, a=2))
-import jax
-assert jax.tree.leaves(pickle.loads(data)) == [2, 1]
-""",
-    "larskit.jax is imported": """
-old = larskit.Container(b=numpy.ones(2), a={"k": numpy.ones(3)})
-import larskit.jax, jax
-assert jax.jit(lambda c: c.a.k.sum())(old) == 3
-""",
-    "neither": """
-old = larskit.Container(b=numpy.ones(2))
-import jax
-for function in (jax.jit, jax.grad, jax.vmap):
-    try:
-        function(lambda c: c.b.sum())(old)
-    except RuntimeError as why:
-        assert "import larskit.jax first" in str(why), why
-    else:
-        raise AssertionError(function)
-import larskit.jax
-assert jax.jit(lambda c: c.b.sum())(old) == 2
-assert not hasattr(old, "__jax_array__")
-""",
-    "a submodule of JAX first": """
-import jax.numpy as jnp
-import jax
-assert jax.tree.leaves(larskit.Container(b=1, a=2)) == [2, 1]
-""",
-    "no JAX at all": """
-sys.modules["jax"] = None
-assert larskit.Container(b=1).b == 1
-assert not hasattr(larskit.Container(), "__jax_array__")
-""",
-}
-
-
-@pytest.mark.parametrize("case", LATE)
-def test_jax_may_come_late(case):
-    run("import sys, numpy, larskit\n" + LATE[case])
-
-
-def test_jax_may_come_first():
-    run(
-        "import jax, larskit\n"
-        "assert jax.tree.leaves(larskit.Container(b=1, a=2)) == [2, 1]"
-    )
-
-
-def test_importing_larskit_changes_nothing_else():
-    run(
-        "import sys\n"
-        "finders, hooks = [*sys.meta_path], [*sys.path_hooks]\n"
-        "import larskit\n"
-        "assert (sys.meta_path, sys.path_hooks) == (finders, hooks)"
-    )
-
-
-def run(code):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "case",
+    [
+        "made_after_jax",
+        "unpickled_after_jax",
+        "larskit_jax_imported",
+        "handed_to_jit",
+        "submodule_first",
+        "before_larskit",
+        "never",
+        "nothing_else_changes",
+    ],
+)
+def test_jax_may_come_late(python, case):
+    python("-W", "error", LATE_JAX, case)
 
 
 SEED = "(self, dcdw, lr, /, *, decay_lambda=0, stop_gradients=True, out=None)"

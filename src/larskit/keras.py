@@ -103,6 +103,9 @@ class LARS(keras.optimizers.Optimizer):
 
     Examples
     --------
+    >>> import keras
+    >>> import larskit.keras
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(2)])
     >>> model.compile(larskit.keras.LARS(2.0, weight_decay=1e-4), loss="mse")
     """
 

@@ -3,9 +3,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -197,14 +194,12 @@ def test_a_process_that_dies_is_said(cells, tmp_path, monkeypatch):
     assert "0 of 4 trainings are in" in said(shown)
 
 
-def test_ctrl_c_keeps_what_is_finished(few, tmp_path):
-    command = [sys.executable, "-W", "error", "-m", "larskit", "study", "--data", few]
+@pytest.mark.integration
+def test_ctrl_c_keeps_what_is_finished(start, few, tmp_path):
+    command = ["-W", "error", "-m", "larskit", "study", "--data", few]
     flags = ["--out", str(tmp_path), "--epochs", "2", "--batch-sizes", "20"]
     flags += ["--seeds", "999", "--jobs", "1"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command + flags, start_new_session=True, **pipes)
-    while process.poll() is None and not (tmp_path / "results.json").exists():
-        time.sleep(0.05)
+    process = start(*command, *flags, until=tmp_path / "results.json")
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors

@@ -3,9 +3,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -65,26 +62,21 @@ def test_the_folder_holds_weights_and_metrics(done):
     assert metrics == state["history"]
 
 
-def interrupted(few: str, out: Path) -> subprocess.CompletedProcess[str]:
-    """Run ``larskit train`` and stop it by Ctrl-C after its first epoch."""
-    command = [sys.executable, "-W", "error", "-m", "larskit", "train"]
-    flags = ["--data", few, "--out", str(out), "--epochs", "30", "--batch-size", "8"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    process = subprocess.Popen(command + flags, env=environment, **pipes)
-    while process.poll() is None and not (out / "metrics.jsonl").exists():
-        time.sleep(0.01)
+@pytest.mark.integration
+def test_a_training_stopped_by_ctrl_c_goes_on_to_the_same_bits(start, few, tmp_path):
+    stopped, through = tmp_path / "stopped", tmp_path / "through"
+    process = start(
+        *("-W", "error", "-m", "larskit", "train", "--data", few, "--out", stopped),
+        *("--epochs", GIVEN["epochs"], "--batch-size", GIVEN["batch_size"]),
+        until=stopped / "metrics.jsonl",  # which holds the first epoch
+        OMP_NUM_THREADS="1",
+        COLUMNS="200",
+    )
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
-
-
-def test_a_training_stopped_by_ctrl_c_goes_on_to_the_same_bits(few, tmp_path):
-    stopped, through = tmp_path / "stopped", tmp_path / "through"
-    result = interrupted(few, stopped)
-    assert result.returncode == 130, result.stderr
-    assert result.stderr == ""
-    assert f"Go on with: larskit train --resume --out {stopped}" in result.stdout
+    assert process.returncode == 130, errors
+    assert errors == ""
+    assert f"Go on with: larskit train --resume --out {stopped}" in output
     assert checkpoint(stopped)["epoch"] < GIVEN["epochs"]
 
     assert train({}, str(stopped), resume=True, console=silent()) == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.integration
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OURS = {"larskit LARS", "larskit LARS (carried norms)", "larskit LARS (foreach)"}
 OTHERS = {"torch SGD (fused)", "torch SGD (foreach)", "larskit.jax.lars (jit)"}
@@ -28,7 +29,6 @@ def run(*arguments):
         pytest.param([], marks=pytest.mark.slow),
         pytest.param(["--dtype", "bfloat16"], marks=pytest.mark.slow),
     ],
-    ids=str,
 )
 def test_the_dry_run_comes_to_its_end(arguments):
     before = sorted(BENCHMARKS.glob("results/*"))

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,33 @@ def _configs():
 
 
 CONFIGS = list(_configs())
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+
+
+def _values(config: Config) -> tuple[Any, ...]:
+    return tuple(getattr(config, name) for name in AXES)
+
+
+def pairwise(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Choose some of the rows: any two values that are in one row are in one of them.
+
+    Greedily and always the same: the first row with the most pairs that are missing.
+    """
+    pairs = {row: {*itertools.combinations(enumerate(row), 2)} for row in rows}
+    missing = set().union(*pairs.values())
+    chosen = []
+    while missing:
+        chosen.append(max(pairs, key=lambda row: len(pairs[row] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen
+
+
+def covering(dtypes: Sequence[Any]) -> list[tuple[Config, Any]]:
+    """Return configurations with dtypes: any two values meet; then the extras."""
+    configs = {_values(config): config for config in CONFIGS[: -len(EXTRAS)]}
+    rows = pairwise((*row, dtype) for row in configs for dtype in dtypes)
+    extras = zip(CONFIGS[-len(EXTRAS) :], itertools.cycle(dtypes), strict=False)
+    return [*((configs[row[:-1]], row[-1]) for row in rows), *extras]
 
 
 @st.composite

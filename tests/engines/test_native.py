@@ -1,9 +1,8 @@
 """The C++ engine: the reference's bits, whatever the threads, the sizes, the dtypes."""
 
 import os
-import subprocess
-import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import EXACT, LAYOUTS, array, configs, same, steps, strange_step
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from larskit.config import Config
 from larskit.engines import native, reference
 
+LIVE = Path(__file__).parent / "live"
 SIZES = st.one_of(st.integers(0, 70), st.sampled_from([1023, 1024, 1025, 5003, 70_001]))
 
 
@@ -29,7 +29,6 @@ def test_it_is_there():
 LISTS = st.lists(SIZES, min_size=1, max_size=5)
 
 
-@settings(max_examples=150, deadline=None)
 @given(configs(), LISTS, st.sampled_from(EXACT), LAYOUTS, st.sampled_from([1, 2, 3, 8]))
 def test_the_bits_are_those_of_the_reference(config, sizes, dtypes, layout, threads):
     ours = steps(native, sizes, dtypes, config, layout, threads=threads)
@@ -64,7 +63,6 @@ def carried_steps(sizes, dtypes, config, threads, layout, disturb=None):
     return w + [x for x in v if x is not None]
 
 
-@settings(max_examples=60, deadline=None)
 @given(configs(), LISTS, st.sampled_from(EXACT), LAYOUTS, st.sampled_from([1, 2, 3, 8]))
 def test_carried_lengths_change_no_bit(config, sizes, dtypes, layout, threads):
     ours = carried_steps(sizes, dtypes, config, threads, layout)
@@ -186,7 +184,7 @@ def test_float64_is_within_four_ulp():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 65504.0, 6e-8, -0.0, 1e-40])
-@pytest.mark.parametrize("dtypes", EXACT, ids=str)
+@pytest.mark.parametrize("dtypes", EXACT)
 def test_strange_numbers(value, dtypes):
     ours, theirs = (
         strange_step(engine, value, dtypes) for engine in (native, reference)
@@ -235,7 +233,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("w", "g", "why"), REFUSED, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(("w", "g", "why"), REFUSED)
 def test_what_it_refuses(w, g, why):
     with pytest.raises(RuntimeError, match=why):
         native.step_([w], [g], [None], 0.1, Config())
@@ -257,65 +255,15 @@ def test_several_python_threads_at_once():
         assert all(map(torch.equal, result, expected))
 
 
-FORKING = """
-import os, signal
-import jax.numpy as jnp
-import numpy as np
-from larskit.config import Config
-from larskit.engines import native
-
-def step():
-    w = np.ones(500_000, "float32")
-    config = Config(trust_coefficient=1.0)
-    native.step_([w, w.copy()], [w.copy(), w.copy()], [None, None], 0.5, config)
-    return float(w[-1])
-
-assert step() == 0.5
-if os.fork() == 0:
-    signal.alarm(30)
-    os._exit(0 if step() == 0.5 else 1)
-print(os.waitstatus_to_exitcode(os.wait()[1]), step())
-"""
+@pytest.mark.distributed
+def test_a_forked_child_has_a_pool_of_its_own(python):
+    assert python(LIVE / "forking.py", LARSKIT_NUM_THREADS="2") == "0 0.5\n"
 
 
-def test_a_forked_child_has_a_pool_of_its_own():
-    assert run(FORKING) == "0 0.5\n"
-
-
-ENDING = """
-import threading, time
-import numpy as np
-from larskit.config import Config
-from larskit.engines import native
-
-def work():
-    w = [np.ones(500_000, "float32") for _ in range(4)]
-    while True:
-        native.step_(w, [x.copy() for x in w], [None] * 4, 0.5, Config())
-
-for _ in range(3):
-    threading.Thread(target=work, daemon=True).start()
-time.sleep(0.2)
-print("done")
-"""
-
-
-def test_the_interpreter_may_end_during_a_step():
+@pytest.mark.distributed
+def test_the_interpreter_may_end_during_a_step(python):
     for _ in range(5):
-        assert run(ENDING) == "done\n"
-
-
-def run(program):
-    environment = {**os.environ, "LARSKIT_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+        assert python(LIVE / "ending.py", LARSKIT_NUM_THREADS="2") == "done\n"
 
 
 def test_the_threads_for_numpy_arrays(monkeypatch):

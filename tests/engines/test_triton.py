@@ -7,6 +7,7 @@ import torch
 from cases import CONFIGS, DEVICE, EXACT, array, configs, same, steps, strange_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from larskit.layout import Unfit
 from torch import nn
 
 from larskit import layout
@@ -14,7 +15,6 @@ from larskit.config import Config
 from larskit.engines import reference, triton
 from larskit.engines.triton import kernels
 from larskit.engines.triton.kernels import Variant
-from larskit.layout import Unfit
 
 BLOCK = kernels.BLOCK.value
 SIZES = st.one_of(
@@ -29,7 +29,7 @@ def full(value, *shape):
     return torch.full(shape, float(value), device=DEVICE)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=settings().max_examples // 4)  # each is interpreted
 @given(configs(), LISTS, st.sampled_from(EXACT), LAYOUTS)
 def test_the_bits_are_those_of_the_reference(config, sizes, dtypes, layout):
     ours = steps(triton, sizes, dtypes, config, layout, 2, device=DEVICE)
@@ -39,8 +39,8 @@ def test_the_bits_are_those_of_the_reference(config, sizes, dtypes, layout):
 REAL = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("w_dtype", REAL, ids=str)
-@pytest.mark.parametrize("g_dtype", REAL, ids=str)
+@pytest.mark.parametrize("w_dtype", REAL)
+@pytest.mark.parametrize("g_dtype", REAL)
 def test_gradients_of_another_dtype(w_dtype, g_dtype):
     config = Config(weight_decay=0.01, nesterov=True)
     dtypes, sizes = (w_dtype, g_dtype), [BLOCK + 7, 12]
@@ -64,7 +64,7 @@ def test_runs_repeat_to_the_bit():
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 65504.0, -0.0])
-@pytest.mark.parametrize("dtypes", EXACT[::3], ids=str)
+@pytest.mark.parametrize("dtypes", EXACT[::3])
 def test_strange_numbers(value, dtypes):
     ours = strange_step(triton, value, dtypes, DEVICE)
     theirs = strange_step(reference, value, dtypes)
@@ -223,7 +223,7 @@ def test_a_flag_decides_whether_anything_moves(permitted, buffers):
         assert same(w + v, before + [torch.zeros_like(x) for x in v])
 
 
-@pytest.mark.parametrize("config", CONFIGS[::9], ids=str)
+@pytest.mark.parametrize("config", CONFIGS[::9])
 def test_the_scale_of_the_loss_is_taken_out(config):
     group, w, g, v = make(3, BLOCK + 3)
     twins: Any = [x.clone() for x in w], [x.clone() for x in v]
@@ -238,7 +238,7 @@ def test_the_scale_of_the_loss_is_taken_out(config):
     assert same(scaled, kept)
 
 
-@pytest.mark.parametrize("config", CONFIGS[::9], ids=str)
+@pytest.mark.parametrize("config", CONFIGS[::9])
 def test_carried_squares_change_no_bit(config):
     results = []
     for carry in (False, True):
@@ -269,7 +269,7 @@ def test_carried_squares_are_used_until_somebody_writes():
     assert group.lengths.weight.tolist() == [18.0, 18.0]
 
 
-@pytest.mark.parametrize("config", CONFIGS[::17], ids=str)
+@pytest.mark.parametrize("config", CONFIGS[::17])
 def test_given_norms_are_those_that_were_measured(config):
     group, w, g, v = make(4, BLOCK + 1)
     twins = [x.clone() for x in w], [x.clone() for x in v]
@@ -315,7 +315,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("w_dtype", "g_dtype", "message"), REFUSED, ids=str)
+@pytest.mark.parametrize(("w_dtype", "g_dtype", "message"), REFUSED)
 def test_dtypes_that_are_refused(w_dtype, g_dtype, message):
     w, g = full(1, 3).to(w_dtype), full(1, 3).to(g_dtype)
     with pytest.raises(Unfit, match=message):

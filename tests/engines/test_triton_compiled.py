@@ -1,9 +1,6 @@
 """Triton's kernels, compiled for GPUs that need not be here."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,25 +8,15 @@ import pytest
 LIVE = Path(__file__).parent / "live"
 
 
+pytestmark = pytest.mark.integration
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(python, tmp_path_factory):
     """Return what runs a program where Triton is not told to interpret."""
-    folder = tmp_path_factory.mktemp("triton")
-
-    def ran(program):
-        environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
-        environment.pop("TRITON_INTERPRET")
-        done = subprocess.run(
-            [sys.executable, str(LIVE / program)],
-            capture_output=True,
-            text=True,
-            timeout=600,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout)
-
-    return ran
+    folder = str(tmp_path_factory.mktemp("triton"))
+    variables = {"TRITON_CACHE_DIR": folder, "TRITON_INTERPRET": "0"}
+    return lambda program: json.loads(python(LIVE / program, **variables))
 
 
 @pytest.fixture(scope="module")
@@ -79,28 +66,7 @@ def test_what_is_rounded_is_rounded_to_nearest(compiled):
             assert row["kernel"] != "finish" or "rn" in row["roundings"], row
 
 
-def test_without_a_gpu_the_engine_says_so():
-    program = """
-import torch
-from larskit.engines import triton
-if torch.cuda.is_available():
-    print("there is a GPU")
-else:
-    print(triton.unavailable())
-    try:
-        triton.Group([torch.ones(2)], [torch.ones(2)], [None])
-    except RuntimeError as why:
-        print(why)
-"""
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment,
-        check=True,
-    )
+def test_without_a_gpu_the_engine_says_so(python):
     sentences = {"this PyTorch was built for the CPU alone", "PyTorch finds no GPU"}
-    said = done.stdout.splitlines()
+    said = python(LIVE / "no_gpu.py", TRITON_INTERPRET="0").splitlines()
     assert said == ["there is a GPU"] or (len(said) == 2 and {*said} <= sentences)

@@ -11,6 +11,7 @@ from pathlib import Path
 import environments
 import pytest
 
+pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "jax"
 VARIABLES = {"PYTHONWARNINGS": "always", "JAX_PLATFORMS": "cpu"}
@@ -53,6 +54,7 @@ def test_linen_goes_on_from_its_checkpoint_to_the_same_end(tmp_path):
     assert run(*options).splitlines() == ["from step 60", *whole]
 
 
+@pytest.mark.distributed
 def test_sharded_digits():
     flags = "--xla_force_host_platform_device_count=8"
     out = run("sharded_digits.py", XLA_FLAGS=flags)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "torch"
 VARIABLES = {"PYTHONWARNINGS": "always", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -92,6 +93,7 @@ def test_imagenet_learns(whole):
     assert all(0 < least < most < 1 for least, most in zip(low, high, strict=True))
 
 
+@pytest.mark.distributed
 def test_imagenet_goes_on_after_a_kill(images, whole, tmp_path):
     options = (images, "--checkpoint", tmp_path / "imagenet.pt", "--epochs", 3)
     with start("imagenet.py", *SMALL, *FAST, *options) as process:
@@ -104,6 +106,7 @@ def test_imagenet_goes_on_after_a_kill(images, whole, tmp_path):
     assert [row[:3] for row in rest] == expected
 
 
+@pytest.mark.distributed
 def test_imagenet_is_the_same_with_ddp_and_fsdp2(parallel):
     (ddp, whole), (fsdp2, sharded) = parallel.values()
     assert [row[:2] for row in ddp] == [pytest.approx(row[:2]) for row in fsdp2]
@@ -115,12 +118,14 @@ def test_imagenet_is_the_same_with_ddp_and_fsdp2(parallel):
             torch.testing.assert_close(w, others[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.distributed
 def test_imagenet_validates_each_image_once(parallel):
     for rows, _ in parallel.values():
         hits = np.array([row[3] for row in rows]) / 100 * len(COLOURS) * FEW["val"]
         np.testing.assert_allclose(hits, hits.round(), atol=0.01)
 
 
+@pytest.mark.distributed
 def test_imagenet_goes_on_otherwise_than_it_began(images, parallel):
     """A checkpoint of sharded parameters, alone, in bfloat16 and parts of batches."""
     rows, checkpoint = parallel["fsdp2"]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 REQUIREMENTS = Path(__file__).parent / "requirements"
 SEEDS = ("brainpy", "chainer", "ivy")
+CLIENTS = ("ivy-paddle", "transformers")  # of the matrix, beside the seeds
 NEWEST_PYTHON = {"chainer": (3, 11)}
 # timm and pytorch-optimizer, beside the torch of the development environment.
 TORCH_PEERS = ("torch-peers", Path(__file__).parents[2] / "benchmarks" / "requirements")
@@ -59,6 +60,6 @@ def _folder(seed: str, requirements: Path) -> Path:
 
 
 if __name__ == "__main__":
-    for name in SEEDS:
+    for name in (*SEEDS, *CLIENTS):
         print(unsupported(name) or make(name) or f"{name}: {python(name)}")
     print(make(*TORCH_PEERS) or f"{TORCH_PEERS[0]}: {python(*TORCH_PEERS)}")

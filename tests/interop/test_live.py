@@ -8,6 +8,7 @@ from pathlib import Path
 import environments
 import pytest
 
+pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 CLEAN = {
     name: value

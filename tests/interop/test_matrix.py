@@ -1,60 +1,56 @@
-"""The runner of `make matrix`, on two of its rows and on some that must fail."""
+"""Every row of `make matrix`, and some that must fail."""
 
 import re
 
 import matrix
 import pytest
 
-QUICK = [
-    row
-    for row in matrix.ROWS
-    if (row.client, row.ran)
-    in {("NumPy", "lars_update"), ("PyTorch", "larskit.torch.LARS")}
-]
-LINE = re.compile(r"\| (\w+) \| \d\S+ \| (\S+) \| (\d\.\de-\d\d) \| \d+\.\d s \|")
-WRONG = """
-import itertools, sys
-sys.path.append({clients!r})
-import fit
-
-expected = fit.optimizer()
-fit.run("numpy", {{"wrong": (lambda: {found}, expected)}})
-"""
-SCALED = "([w * {} for w in weights] for weights in fit.optimizer())"
+pytestmark = pytest.mark.integration
+LINE = re.compile(r"\| [\w -]+ \| \d\S+ \| .+ \| (\d\.\de-\d\d) \| \d+\.\d s \|")
+NOT_RUN = re.compile(r"\| [\w -]+ \|  \| .+ \| not run: .+ \|  \|")
 
 
 def rows_of(page):
     return [line for line in page.read_text().splitlines() if line.startswith("| ")][1:]
 
 
-def test_the_page_has_a_line_of_each_row(tmp_path, capsys):
-    page = tmp_path / "matrix.md"
-    assert matrix.main(QUICK, page) == 0
-    lines = [LINE.fullmatch(line) for line in rows_of(page)]
-    assert [line and line[1] for line in lines] == ["NumPy", "PyTorch"]
-    assert [line and line[2] for line in lines] == ["lars_update", "larskit.torch.LARS"]
-    assert all(line and 0 < float(line[3]) <= matrix.BOUND for line in lines)
-    assert page.read_text() in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Run every row that this machine can run, as `make matrix` does."""
+    page = tmp_path_factory.mktemp("matrix") / "matrix.md"
+    matrix.main(matrix.ROWS, page)
+    return dict(zip(matrix.ROWS, rows_of(page), strict=True))
+
+
+@pytest.mark.parametrize("row", matrix.ROWS, ids=lambda row: f"{row.client}, {row.ran}")
+def test_a_client_does_what_the_rule_says(page, row):
+    if why := matrix.absent(row):
+        assert NOT_RUN.fullmatch(page[row])
+        pytest.skip(why)
+    line = LINE.fullmatch(page[row])
+    assert line, page[row]
+    assert 0 < float(line[1]) <= matrix.BOUND
 
 
 @pytest.mark.parametrize(
-    ("found", "says"),
+    ("name", "says"),
     [
-        (SCALED.format("(1 + 1e-4)"), "is more than 1e-05"),
-        (SCALED.format("float('nan')"), "nan is more than 1e-05"),
-        ("itertools.repeat(fit.WEIGHTS)", "1.0 is more than 1e-05"),
-        ("itertools.islice(fit.optimizer(), 10)", "ValueError"),
+        ("a little off", "is more than 1e-05"),
+        ("not a number", "nan is more than 1e-05"),
+        ("standing still", "1.0 is more than 1e-05"),
+        ("too short", "ValueError"),
         ("missing", "NameError"),
-        ("exit()", "no line"),
+        ("silent", "no line"),
     ],
 )
-def test_a_wrong_row_fails(found, says, tmp_path, capsys):
-    program = tmp_path / "wrong.py"
-    program.write_text(WRONG.format(clients=str(matrix.CLIENTS), found=found))
+def test_a_wrong_row_fails(name, says, tmp_path, capsys):
     page = tmp_path / "matrix.md"
-    assert matrix.main([matrix.Row("NumPy", program, "wrong")], page) == 1
+    row = matrix.Row("NumPy", matrix.CLIENTS / "wrong.py", name)
+    assert matrix.main([row], page) == 1
     assert "**failed**" in page.read_text()
-    assert says in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert says in shown.err
+    assert page.read_text() in shown.out
 
 
 def test_a_row_that_cannot_run_is_listed_with_the_reason(tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import paddle
 
+pytestmark = pytest.mark.integration
 MU, WD, ETA = HYPERPARAMETERS.values()
 LIVE = {"brainpy.optim.LARS", "Chainer GradientLARS, MomentumSGD", "ivy.lars_update"}
 Trajectory = Iterable[Weights]

@@ -62,7 +62,7 @@ def assert_close(variable, expected):
     np.testing.assert_allclose(variable.value, expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case["kwargs"]))
+@pytest.mark.parametrize("case", CASES)
 def test_every_step_is_that_of_brainpy(case):
     weights = {
         key: TrainVar(np.asarray(x, "float32")) for key, x in case["params"].items()

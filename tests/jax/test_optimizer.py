@@ -1,9 +1,8 @@
 import copy
 import inspect
 import pickle
-import subprocess
-import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,9 @@ G = {"kernel": [[0.0, 2.0], [0.0, 0.0]], "bias": [1.0, -1.0]}
 @pytest.fixture(params=FAMILIES, name="kind")
 def fixture_kind(request):
     return FAMILIES[request.param][0]
+
+
+DEVICES = Path(__file__).parent / "live" / "devices.py"
 
 
 def weights(kind=TrainVar, dtype="float32"):
@@ -638,31 +640,9 @@ def test_a_file_of_other_layers_changes_nothing(tmp_path):
 # ----------------------------------------------------------- devices, imports
 
 
-def run(code):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout + done.stderr
-
-
-def test_weights_and_state_move_together_to_another_device():
-    code = """
-import jax, jax.numpy as jnp
-jax.config.update("jax_num_cpu_devices", 2)
-from larskit.jax import LARS, TrainVar
-optimizer = LARS(1.0, {"w": TrainVar([3.0, 4.0])})
-second = jax.devices()[1]
-assert optimizer.to(second) is optimizer
-optimizer.update({"w": jax.device_put(jnp.ones(2), second)})
-held = {**optimizer.vars_to_train, **optimizer.vars()}
-print(sorted(d.id for x in held.values() for d in x.value.devices()))
-optimizer.cpu()
-print({d.id for x in held.values() for d in x.value.devices()})
-"""
-    assert run(code) == "[1, 1, 1]\n{0}\n"
+@pytest.mark.distributed
+def test_weights_and_state_move_together_to_another_device(python):
+    assert python("-W", "error", DEVICES) == "[1, 1, 1]\n{0}\n"
 
 
 @pytest.mark.parametrize(("move", "platform"), [("cuda", "gpu"), ("tpu", "tpu")])
@@ -676,20 +656,6 @@ def test_without_the_device_nothing_moves(move, platform, kind):
     after = [read(x) for x in optimizer.train_vars().values()]
     assert all(x is y for x, y in zip(after, before, strict=True)) or kind is nnx.Param
     assert_same(dict(enumerate(after)), dict(enumerate(before)))
-
-
-def test_without_jax_the_error_names_the_extra():
-    code = "import sys; sys.modules['jax'] = None; import larskit; larskit.jax"
-    assert "ImportError: larskit.jax needs JAX: pip install 'larskit[jax]'" in run(code)
-
-
-def test_it_imports_no_other_framework():
-    code = (
-        "import sys, larskit.jax\n"
-        "names = ('flax', 'brainpy', 'torch', 'optax', 'safetensors')\n"
-        "print([name for name in names if name in sys.modules])"
-    )
-    assert run(code) == "[]\n"
 
 
 def test_the_public_names():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.distributed
 PROGRAM = Path(__file__).parent / "live" / "sharded.py"
 
 

@@ -192,7 +192,9 @@ def run(folder, backend, checks):
     return json.loads(file.read_text())
 
 
-each_backend = pytest.mark.parametrize("backend", CHECKS)
+def each_backend(test):
+    """Mark a test of what the processes of the backends have found."""
+    return pytest.mark.integration(pytest.mark.parametrize("backend", CHECKS)(test))
 
 
 @each_backend
@@ -253,6 +255,7 @@ def test_a_variable_without_gradient_stays(results, backend):
     assert_close(results[backend]["missing"], expected)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_a_stateless_step(results, backend):
     assert_close(results[backend]["stateless"], reference(**HOW, dampening=0.3)[-1])
@@ -268,6 +271,7 @@ def test_fit_is_a_training_of_pytorch(results, backend):
         assert_close(found, [np.asarray(x) for x in other])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("backend", ["jax", "tensorflow"])
 def test_fit_on_two_devices(results, backend):
     assert_close(results[backend]["distributed"], trained()[-1])
@@ -279,6 +283,7 @@ def test_fit_with_a_schedule(results, backend):
     assert_close(results[backend]["schedule"], expected)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("backend", ["jax", "tensorflow"])
 def test_fit_without_a_compiler(results, backend):
     assert_close(results[backend]["jit"], trained()[-1])
@@ -311,6 +316,7 @@ def test_sparse_gradients_are_those_of_whole_layers(results, backend):
     assert np.linalg.norm(first[0] - DATA["table"]) > 1e-2
 
 
+@pytest.mark.integration
 def test_slices_of_tensorflow(results):
     sparse, raw, dense, raw_dense = results["tensorflow"]["slices"]
     assert sparse == dense == raw == raw_dense

@@ -2,6 +2,8 @@
 
 import pytest
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def results(launch):

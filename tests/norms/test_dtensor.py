@@ -10,6 +10,8 @@ from larskit.norms import dtensor
 # not complete, which is completed first.
 LENGTHS = "c10d.allreduce_"
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n} processes")
 def results(request, launch):

@@ -2,6 +2,8 @@
 
 import pytest
 
+pytestmark = pytest.mark.distributed
+
 LENGTHS = "c10d.allreduce_"
 
 

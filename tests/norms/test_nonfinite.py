@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def results(launch):

@@ -30,7 +30,7 @@ def masters(optimizer, params):
     return [optimizer.state[p]["master_weight"] for p in params]
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", NARROW)
 def test_it_is_the_training_of_the_wide_weights(dtype, engine):
     narrow, wide = layers(dtype), [nn.Parameter(p.float()) for p in layers(dtype)]
@@ -62,7 +62,7 @@ def test_small_steps_add_up():
     assert torch.equal(p.detach(), expected.bfloat16())
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_master_follows_where_somebody_else_writes(engine):
     params = layers(torch.bfloat16)
     optimizer = LARS(params, 0.5, master_weights=True, **engine)

@@ -471,7 +471,6 @@ OUR_GRADIENTS = [
     # SGD cuts its first momentum buffer off from the graph
     [(SGD, {"momentum": 0.0, "maximize": True})]
     + [(LARS, o) for o in GRADIENTS + OUR_GRADIENTS],
-    ids=str,
 )
 def test_gradients_pass_through_the_step(cls, options, steps):
     """By weights, gradients, momentum, learning rate and decay, against differences."""

@@ -67,7 +67,7 @@ def warm(work: Any) -> None:
 
 
 @pytest.mark.parametrize("fused", [True, None])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_a_step_is_captured_once_and_replayed_with_a_changing_rate(options, fused):
     params, lr = layers(), torch.tensor(RATES[0], device=DEVICE)
     o = LARS(params, lr, capturable=True, fused=fused, **options)
@@ -145,7 +145,7 @@ def test_a_compiled_step(fused):
     assert close(params, by_hand(RATES))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_no_step_waits_for_the_device(options):
     params, lr = layers(), torch.tensor(0.5, device=DEVICE)
     o: Any = LARS(params, lr, fused=True, **options)

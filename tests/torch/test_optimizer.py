@@ -43,7 +43,7 @@ ENGINES = [
 ]
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     "options",
     [
@@ -56,7 +56,6 @@ ENGINES = [
         {"adapt": True, "decay": False, "weight_decay": 0.1},
         {"adapt": True, "weight_decay": 0.1},
     ],
-    ids=str,
 )
 def test_steps_follow_the_rule(engine: Any, options: Any):
     net = model()
@@ -83,7 +82,7 @@ def cut(pair, g):
     return w, g, v
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_keep_their_bits_and_identity(engine):
     net = model()
     optimizer = LARS(net.parameters(), 1.0, weight_decay=0.1, **engine)
@@ -96,7 +95,7 @@ def test_gradients_keep_their_bits_and_identity(engine):
             assert torch.equal(same, bits)
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_state_is_one_buffer_of_the_parameters_own_kind(engine):
     net = model().to(torch.bfloat16)
     optimizer = LARS(net.parameters(), 1.0, **engine)
@@ -462,8 +461,8 @@ BRAINPY = json.loads(
 SEED = {"weight_decay": 1e-4, "eps": 1e-5, "adapt": True, "decay": True}
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
-@pytest.mark.parametrize("case", BRAINPY["cases"], ids=lambda case: str(case["kwargs"]))
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", BRAINPY["cases"])
 def test_the_trajectories_of_brainpy(case, engine):
     options = {**SEED, **case["kwargs"]}
     options["trust_coefficient"] = options.pop("tc", 1e-3)
@@ -481,7 +480,7 @@ def test_the_trajectories_of_brainpy(case, engine):
             torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_without_momentum_it_is_lars_update(engine):
     net = model()
     backward(net)
@@ -493,7 +492,7 @@ def test_without_momentum_it_is_lars_update(engine):
     torch.testing.assert_close(weights(net), expected)
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_outside_it_is_sgd_behind_the_hook(engine):
     nets = [model(), model()]
     hook = larskit.GradientLARS(weight_decay=0.1, eps=1e-6)
@@ -557,6 +556,7 @@ class TestParamGroups:
                 },
             ),
         ],
+        ids=["defaults", "patterns", "a function"],
     )  # fmt: skip
     def test_split(self, options, expected):
         assert self.names(param_groups(model(), **options)) == expected
@@ -593,7 +593,7 @@ def test_larskit_torch_is_loaded_on_touch():
     assert larskit.torch.LARS is LARS
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, {"carry_norms": True}], ids=str)
+@pytest.mark.parametrize("engine", [*ENGINES, {"carry_norms": True}])
 def test_a_compiled_training_step(engine):
     def train(wrap):
         torch.compiler.reset()
@@ -645,7 +645,7 @@ def trained(in_backward, engine, named=True, steps=4):
     return weights(net), optimizer.state_dict(), stats
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, {"carry_norms": True}], ids=str)
+@pytest.mark.parametrize("engine", [*ENGINES, {"carry_norms": True}])
 @pytest.mark.parametrize("named", [True, False])
 def test_stepping_in_backward_is_the_ordinary_step(engine, named):
     ours, theirs = (trained(x, engine, named) for x in (True, False))

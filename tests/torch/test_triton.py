@@ -61,7 +61,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_it_steps_as_the_reference(options):
     found = []
     for engine in ({}, {"fused": False, "foreach": False}):
@@ -83,7 +83,7 @@ def flat(lengths):
     return [torch.tensor(list(lengths[name]), dtype=torch.float64) for name in lengths]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_master_weights(dtype):
     found = []
     for fused in (True, False):
@@ -232,8 +232,20 @@ SCALED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("overflows", [(), (0,), (2,), (0, 1, 3)])
-@pytest.mark.parametrize("options", SCALED, ids=str)
+# The second has what the others have.
+OVERFLOWS = [(), (0, 1, 3), (0,), (2,)]
+
+
+@pytest.mark.parametrize(
+    ("options", "overflows"),
+    [
+        pytest.param(
+            options, steps, marks=[pytest.mark.slow] if options and i > 1 else []
+        )
+        for options in SCALED
+        for i, steps in enumerate(OVERFLOWS)
+    ],
+)
 def test_grad_scaler_leaves_its_scale_to_the_kernels(options, overflows):
     ours, our_scales = scaled_training(True, overflows, **options)
     theirs, their_scales = scaled_training(False, overflows, **options)

@@ -301,7 +301,13 @@ def save_optimizer(
 
     Examples
     --------
-    >>> save_optimizer(optimizer, "optimizer.safetensors", step=1200)
+    >>> import torch
+    >>> from larskit.torch import LARS
+    >>> model = torch.nn.Linear(4, 2)
+    >>> optimizer = LARS(model.named_parameters(), lr=2.0)
+    >>> save_optimizer(optimizer, "optimizer.safetensors", step=0)
+    >>> load_optimizer(optimizer, "optimizer.safetensors").step
+    0
     """
     _check_portable(optimizer)
     state = _counted(optimizer.portable_state(), step)

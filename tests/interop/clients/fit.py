@@ -56,14 +56,24 @@ def function(weights: Any = None, grads: Any = gradients) -> Iterator[Weights]:
         weights = lars_update(weights, grads(weights), LR, decay_lambda=DECAY)
 
 
-def optimizer(weights: Weights = WEIGHTS, grads: Any = gradients, **how: Any) -> Any:
+def schedule(count: Any) -> Any:
+    """Return the learning rate of a step, counted from 0."""
+    return LR / (1 + count)
+
+
+def optimizer(
+    weights: Weights = WEIGHTS,
+    grads: Any = gradients,
+    rate: Callable[[int], float] = lambda count: LR,
+    **how: Any,
+) -> Any:
     """Yield the weights before and after each step of LARS with momentum."""
     weights = float64(weights)
     state = functional.init(weights)
-    while True:
+    for count in itertools.count():
         yield weights
         weights, state = functional.update(
-            weights, grads(weights), state, *HYPERPARAMETERS, **how
+            weights, grads(weights), state, rate(count), *HYPERPARAMETERS[1:], **how
         )
 
 

@@ -1,4 +1,4 @@
-"""Equinox, whose kernels are (out, in)."""
+"""Equinox, whose kernels are (out, in), with leaves that are not trained."""
 
 import equinox as eqx
 import fit
@@ -7,22 +7,24 @@ import jax.numpy as jnp
 
 from larskit.jax import lars
 
-optimizer = lars(*fit.HYPERPARAMETERS)
+optimizer = lars(fit.schedule, *fit.HYPERPARAMETERS[1:])
 
 
 def network():
+    """Return the layers, and the order of the outputs: an array of integers."""
     net = eqx.nn.MLP(6, 3, 16, 1, activation=jnp.tanh, key=jax.random.key(0))
     weights = [jnp.asarray(w.T) for w in fit.WEIGHTS]
-    return eqx.tree_at(weights_of, net, weights)
+    return eqx.tree_at(weights_of, (net, jnp.arange(3)), weights)
 
 
 def weights_of(net):
-    return [w for layer in net.layers for w in (layer.weight, layer.bias)]
+    return [w for layer in net[0].layers for w in (layer.weight, layer.bias)]
 
 
 @eqx.filter_grad
 def gradients(net):
-    return jnp.mean((jax.vmap(net)(fit.X) - fit.Y) ** 2)
+    layers, order = net
+    return jnp.mean((jax.vmap(layers)(fit.X)[:, order] - fit.Y) ** 2)
 
 
 @eqx.filter_jit
@@ -40,4 +42,4 @@ def found():
         net, state = step(net, state)
 
 
-fit.run("equinox", {"larskit.jax.lars": (found, fit.optimizer())})
+fit.run("equinox", {"larskit.jax.lars": (found, fit.optimizer(rate=fit.schedule))})

@@ -10,7 +10,7 @@ from flax.training.train_state import TrainState
 
 from larskit.jax import LARS, lars
 
-TX: Any = lars(*fit.HYPERPARAMETERS)
+TX: Any = lars(fit.schedule, *fit.HYPERPARAMETERS[1:])
 
 
 class Network(nnx.Module):
@@ -90,11 +90,14 @@ def by_linen():
 fit.run(
     "flax",
     {
-        "larskit.jax.lars in nnx.Optimizer": (by_nnx, fit.optimizer()),
+        "larskit.jax.lars in nnx.Optimizer": (by_nnx, fit.optimizer(rate=fit.schedule)),
         "larskit.jax.LARS on nnx variables": (
             variables,
             fit.optimizer(adapt=True, decay=True),
         ),
-        "larskit.jax.lars in Linen's TrainState": (by_linen, fit.optimizer()),
+        "larskit.jax.lars in Linen's TrainState": (
+            by_linen,
+            fit.optimizer(rate=fit.schedule),
+        ),
     },
 )

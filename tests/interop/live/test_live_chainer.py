@@ -65,7 +65,7 @@ def assert_near(ours, theirs):
         assert ours[name].dtype == np.float32
 
 
-@pytest.mark.parametrize("hook", HOOKS, ids=str)
+@pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_on_an_optimizer(data, make, hook):
     ours, theirs, plain = (
