@@ -42,7 +42,7 @@ def larskit_jax_imported() -> None:
 def handed_to_jit() -> None:
     old, jax = old_container(), imported("jax")
     for function in (jax.jit, jax.grad, jax.vmap):
-        with pytest.raises(RuntimeError, match="import larskit.jax first"):
+        with pytest.raises(RuntimeError, match=r"import larskit\.jax first"):
             function(lambda c: c.b.sum())(old)
     imported("larskit.jax")
     assert jax.jit(lambda c: c.b.sum())(old) == 2

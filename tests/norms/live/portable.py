@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from larskit.state import load_optimizer, write_state
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,6 +21,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from larskit.state import load_optimizer, write_state
 from larskit.torch import LARS
 
 WAYS = {2: ["fsdp"], 4: ["fsdp", "fsdp and tensor parallel"]}
