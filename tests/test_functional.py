@@ -985,13 +985,13 @@ def problem(make: Any, steps: int = 4) -> tuple[Any, list[Any]]:
 
 
 def by_hand(params: Any, gradients: list[Any], lr: float, options: dict) -> Any:
-    """Step each leaf with `rule.update`, the buffer beginning as None."""
+    """Step each leaf with `rule.step`, the buffer beginning as None."""
     new, buffers = dict(params.layer), dict.fromkeys(params.layer)
     for g in gradients:
         for key, w in new.items():
             adapted = w.ndim >= 2
             config = Config(**options, adapt=adapted, decay=adapted)
-            new[key], buffers[key], _ = rule.update(
+            new[key], buffers[key], _ = rule.step(
                 w, g.layer[key], buffers[key], lr, config
             )
     return Container(layer=new), Container(layer=buffers)

@@ -152,7 +152,8 @@ class GradientLARS:
         sharded = dtensor.ShardedNorms([w])
         own = sharded.zeros()
         own[0], own[1] = group.norms(config)
-        group.scale_gradients(config, tuple(sharded.all_reduce(own)))
+        w_norms, q = sharded.all_reduce(own)
+        group.scale_gradients(config, (w_norms, q))
 
     def attach(self, optimizer: Any) -> "Attachment":
         """Rescale the gradients of a PyTorch optimizer while it steps.

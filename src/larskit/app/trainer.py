@@ -288,9 +288,9 @@ class Trainer:
         """Return the trust ratios of the last step, of the layers that have one."""
         if not isinstance(self.optimizer, LARS):
             return []
-        lengths = self.optimizer.lengths()
+        stats = self.optimizer.layer_stats()
         return [
-            lengths[name].ratio
+            stats[name].trust_ratio
             for group in self.optimizer.param_groups
             for row, name in enumerate(group["param_names"])
             if is_selected(group, "adapt", row)

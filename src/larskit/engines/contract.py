@@ -73,20 +73,22 @@ class Layers(NamedTuple):
 
 
 class Group(Protocol):
-    """Layers that are bound to an engine.
+    """Layers that are bound to an engine."""
 
-    Attributes
-    ----------
-    engine : str
-        The name of the engine.
-    weights, buffers : sequence of array
-        After a step the new weights and buffers: the very arrays that were bound, where
-        those are written in place. A layer that has no buffer yet has None.
-    """
+    @property
+    def engine(self) -> str:
+        """The name of the engine."""
+        ...
 
-    engine: str
-    weights: Arrays
-    buffers: Buffers
+    @property
+    def weights(self) -> Arrays:
+        """After a step, the new weights: where these are written, the bound arrays."""
+        ...
+
+    @property
+    def buffers(self) -> Buffers:
+        """The momentum buffers; None for a layer that has none yet."""
+        ...
 
     @property
     def captured(self) -> bool:

@@ -89,7 +89,8 @@ class Group:
         """Return the norms of each layer, as two vectors."""
         parts = list(self._divided(config, grad_scale))
         found = [_measure(part.w, _measured_gradients(part)) for part in parts]
-        return _assembled(parts, found)
+        w_norms, q = _assembled([part.rows for part in parts], found)
+        return w_norms, q
 
     def step_(
         self,
@@ -114,11 +115,12 @@ class Group:
         parts = list(self._divided(config, grad_scale, norms))
         found = [step(part, scalar(lr, part.w[0]), full_stats) for part in parts]
         for x, old in before:
-            x.copy_(x.where(apply_if, old))
+            x.copy_(torch.where(apply_if, x, old))
         for part in parts:
             for i, v in zip(part.rows, part.buffers, strict=True):
                 self.buffers[i] = v
-        self._found = parts, found
+        self._found = [part.rows for part in parts], found
+        self._layers = self._layers._replace(gradients=())  # which are not ours to keep
 
     @property
     def stats(self) -> LayerStats:
@@ -152,6 +154,7 @@ class Group:
             u = _decayed(part.w, part.g, part.config)
             factors = rule.rounded(ratios, part.w[0]).unbind()
             _copy(torch._foreach_mul(u, factors), [results[i] for i in part.rows])
+        self._layers = self._layers._replace(gradients=())
         return results
 
     def _divided(
@@ -160,13 +163,14 @@ class Group:
         """Yield the layers whose flags are equal."""
         config = config_beside(config, self.weights[0])
         gradients = list(unscaled(self._layers.gradients, grad_scale))
+        buffers: Any = self.buffers
         for (adapt, decay), rows in self._parts.items():
             own = replace(config, adapt=adapt, decay=decay)
             known = (
                 None if norms is None else (_at(norms[0], rows), _at(norms[1], rows))
             )
-            columns = self.weights, gradients, self.buffers
-            yield _Part(rows, *([x[i] for i in rows] for x in columns), own, known)
+            w, g, v = ([x[i] for i in rows] for x in (self.weights, gradients, buffers))
+            yield _Part(rows, w, g, v, own, known)
 
     def _make_buffers(self, config: Config) -> None:
         """Make the missing buffers, so that all of them can be put back."""
@@ -265,16 +269,16 @@ def _norms(tensors: Tensors) -> Tensor:
     return torch.stack(torch._foreach_norm(_real(tensors), 2, dtype))
 
 
-def _assembled(parts: list[_Part], found: list[Any]) -> tuple[Tensor, ...]:
+def _assembled(rows: list[list[int]], found: list[Any]) -> tuple[Tensor, ...]:
     """Return vectors in the order of the layers, from those of the parts."""
-    if len(parts) == 1:
+    if len(rows) == 1:
         return tuple(found[0])
-    order = [i for part in parts for i in part.rows]
+    order = [i for own in rows for i in own]
     columns = []
     for vectors in zip(*found, strict=True):
         numbers = [x for vector in vectors for x in vector.unbind()]
-        rows = sorted(zip(order, numbers, strict=True), key=lambda row: row[0])
-        columns.append(torch.stack([x for _, x in rows]))
+        pairs = sorted(zip(order, numbers, strict=True), key=lambda pair: pair[0])
+        columns.append(torch.stack([x for _, x in pairs]))
     return tuple(columns)
 
 

@@ -106,6 +106,7 @@ class Group:
                     self._keep(i, *_applied(apply_if, w, v, rule.moved(w, y), new_v))
         if self._layers.out is not None:
             self.weights = _written(self._layers.out, self.weights)
+        self._layers = self._layers._replace(gradients=())  # which are not ours to keep
 
     @property
     def stats(self) -> LayerStats:
@@ -129,6 +130,7 @@ class Group:
             for (w, g, _, own), known in rows
         ]
         out = self._layers.gradients if self._layers.out is None else self._layers.out
+        self._layers = self._layers._replace(gradients=())
         return _written(out, new)
 
     def _rows(self, config: Config, grad_scale: Any = None) -> Iterator[Any]:

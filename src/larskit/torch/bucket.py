@@ -158,7 +158,7 @@ class Bucket:
         if apply_if is False:
             return
         if self.key.master:
-            torch._foreach_copy_(self._locals, self.group.weights)
+            torch._foreach_copy_(self._locals, self._weights)
             self._versions = self.versions()
         if not self._is_stored:
             self._store(state)

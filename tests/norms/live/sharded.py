@@ -31,7 +31,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from larskit.torch import LARS, bucket
+from larskit import engines
+from larskit.torch import LARS
 
 SHAPES = [(65, 8), (8, 33), (7,), (1,), (3, 2), (1, 1, 1), (130, 130)]
 OPTIONS = {
@@ -228,7 +229,7 @@ def main() -> None:
             for engine, switches in ENGINES.items():
                 if engine == "triton" and (name, kind) not in INTERPRETED:
                     continue
-                bucket.GPU = "cpu" if engine == "triton" else "cuda"
+                engines.GPU = "cpu" if engine == "triton" else "cuda"
                 every = {**options, **switches}
                 expected = alone(every)
                 for partial in (False, True):
@@ -242,9 +243,9 @@ def main() -> None:
         for engine, switches in ENGINES.items():
             if engine == "triton" and spread is not fsdp2:
                 continue
-            bucket.GPU = "cpu" if engine == "triton" else "cuda"
+            engines.GPU = "cpu" if engine == "triton" else "cuda"
             results[f"{spread.__name__}, {engine}"] = modules(spread, switches)
-    bucket.GPU = "cuda"
+    engines.GPU = "cuda"
     results["masters"] = masters()
     dist.barrier()
     if dist.get_rank() == 0:
