@@ -101,6 +101,13 @@ class GradientLARS:
             self._cache = values, (config, engines.array_scaler(config))
         return self._cache[1]
 
+    def __repr__(self) -> str:
+        """Show the hyper-parameters."""
+        return (
+            f"GradientLARS(threshold={self.threshold}, "
+            f"weight_decay={self.weight_decay}, eps={self.eps})"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without the cache, which cannot be copied."""
         return {name: x for name, x in vars(self).items() if name != "_cache"}
@@ -213,7 +220,7 @@ class GradientLARS:
             )
         from larskit.torch.attach import Attachment
 
-        return Attachment(optimizer, self.config)
+        return Attachment(self, optimizer)
 
     def transform(self) -> Any:
         """Return the hook as a gradient transformation for optax.

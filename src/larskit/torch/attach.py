@@ -1,9 +1,8 @@
 """GradientLARS on an optimizer of PyTorch: gradients are scaled while it steps."""
 
-from collections.abc import Callable
 from functools import wraps
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -11,6 +10,14 @@ from larskit import norms
 from larskit.config import Config
 from larskit.torch.bucket import Settings
 from larskit.torch.plan import Plan
+
+
+class Hook(Protocol):
+    """The hyper-parameters of a `larskit.GradientLARS`, which may change."""
+
+    def config(self) -> Config:
+        """Return them as they are now."""
+        ...
 
 
 class Attachment:
@@ -22,20 +29,17 @@ class Attachment:
 
     Parameters
     ----------
+    hook : GradientLARS
+        Its ``config()`` is the same object while no hyper-parameter has changed.
     optimizer : torch.optim.Optimizer
         Any, see `larskit.GradientLARS.attach`.
-    config : callable
-        Returns the hyper-parameters, the same object while none has changed.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, config: Callable[[], Config]
-    ) -> None:
+    def __init__(self, hook: Hook, optimizer: torch.optim.Optimizer) -> None:
         """Check the parameters, and wrap the step."""
-        self._optimizer = optimizer
+        self._hook, self._optimizer = hook, optimizer
         for i, p in enumerate(self._params()):
             norms.check_layer(p, f"parameter {i}")
-        self._config = config
         self._settings: list[Settings] = []
         self._plan = Plan(_check, scales_gradients=True)
         self._originals: list[tuple[Any, Any]] = []
@@ -70,12 +74,8 @@ class Attachment:
 
     def __repr__(self) -> str:
         """Show the hyper-parameters and the optimizer."""
-        config, kind = self._config(), type(self._optimizer).__name__
         state = "attached to" if self._active else "removed from"
-        return (
-            f"<GradientLARS(threshold={config.threshold}, "
-            f"weight_decay={config.weight_decay}, eps={config.eps}) {state} {kind}>"
-        )
+        return f"<{self._hook!r} {state} {type(self._optimizer).__name__}>"
 
     def _step(self, args: Any, kwargs: Any) -> Any:
         if not self._active:
@@ -111,7 +111,7 @@ class Attachment:
     @torch.no_grad()
     def _scale(self) -> None:
         """Compute every scaled gradient, then put them in place of the originals."""
-        plan, config = self._plan, self._config()
+        plan, config = self._plan, self._hook.config()
         if not self._settings or self._settings[0].config is not config:
             self._settings = [Settings(config)]
         params = self._params()
