@@ -191,9 +191,9 @@ ONE_BY_ONE = {
 @pytest.mark.parametrize("what", ONE_BY_ONE)
 def test_arrays_that_are_rescaled_one_by_one(what: str) -> None:
     w, g, taken = ONE_BY_ONE[what]
-    config = GradientLARS(weight_decay=0.01, eps=0.1)._config()
+    config = GradientLARS(weight_decay=0.01, eps=0.1).config()
     before = g.copy() if isinstance(g, np.ndarray) else g.clone()
-    assert native.Rescaler(config)(w, g) is taken
+    assert native.ArrayScaler(config)(w, g) is taken
     expected = scaled_gradient(w, before, config) if taken else before
     assert bool((g == expected).all())
 
@@ -203,11 +203,11 @@ def test_the_native_engine_rescales_to_the_bit(
 ) -> None:
     hook = GradientLARS(weight_decay=0.01)
     taken = []
-    rescale_ = native.Group.rescale_
+    scale_gradients = native.Group.scale_gradients
 
     def counted(group: Any, *arguments: Any) -> Any:
         taken.append(len(group.weights))
-        return rescale_(group, *arguments)
+        return scale_gradients(group, *arguments)
 
     def rescaled() -> Any:
         generator = np.random.default_rng(0)
@@ -225,11 +225,11 @@ def test_the_native_engine_rescales_to_the_bit(
         return [torch.from_numpy(layer.grad), *first, *second]
 
     with monkeypatch.context() as patch:
-        patch.setattr(native.Group, "rescale_", counted)
+        patch.setattr(native.Group, "scale_gradients", counted)
         found = rescaled()
     assert taken == [len(parameters())] * 2
     monkeypatch.setattr(native, "unavailable", lambda: "not now")
-    monkeypatch.setattr(native.Rescaler, "__call__", lambda self, w, g: False)
+    monkeypatch.setattr(native.ArrayScaler, "__call__", lambda self, w, g: False)
     assert all(map(torch.equal, found, rescaled()))
 
 
@@ -786,7 +786,7 @@ def placed(x: torch.Tensor, mesh: Any, how: str) -> torch.Tensor:
 
 
 def test_a_sum_that_is_not_complete_has_no_length(mesh: Any, params: Any) -> None:
-    message = "parameter {} is a DTensor placed as .*Partial.* shard or replicate it"
+    message = "parameter {} is a DTensor placed as .*Partial.*: shard or replicate it"
     bad = torch.nn.Parameter(placed(torch.ones(2), mesh, "sum"))
     bad.grad = torch.zeros_like(bad)
     with pytest.raises(TypeError, match=message.replace("eter {}", r"\.data")):

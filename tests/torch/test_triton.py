@@ -12,15 +12,14 @@ import torch
 from cases import DEVICE
 from torch import nn
 
-from larskit import layout
-from larskit.engines import foreach, native, triton
-from larskit.torch import LARS, bucket, optimizer, step_in_backward
+from larskit import engines
+from larskit.engines import conditional, foreach, native, triton
+from larskit.torch import LARS, step_in_backward
 
 
 @pytest.fixture(autouse=True)
 def plays_the_gpu(monkeypatch):
-    for module in (bucket, optimizer):
-        monkeypatch.setattr(module, "GPU", DEVICE)
+    monkeypatch.setattr(engines, "GPU", DEVICE)
 
 
 def layers(dtype=torch.float32) -> list[Any]:
@@ -43,8 +42,8 @@ def tensors(params, o):
     return [x.detach().cpu() for x in (*params, *kept)]
 
 
-def engines(o):
-    return [b._fused or b._engine for b in o._plan._buckets]
+def groups(o):
+    return [bucket.group for bucket in o._stepper.plan.buckets]
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -73,9 +72,9 @@ def test_it_steps_as_the_reference(options):
         for step in range(3):
             give(params, step)
             o.step()
-        fused = [isinstance(engine, triton.Group) for engine in engines(o)]
+        fused = [isinstance(engine, triton.Group) for engine in groups(o)]
         assert all(fused) == (not engine)
-        found.append([*tensors(params, o), *flat(dict(sorted(o.lengths().items())))])
+        found.append([*tensors(params, o), *flat(dict(sorted(o.layer_stats().items())))])
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
@@ -103,8 +102,8 @@ def test_what_it_cannot_step_goes_to_another_engine():
     for x in (p, q):
         x.grad = torch.ones_like(x)
     o.step()
-    assert engines(o)[0] is foreach
-    assert isinstance(engines(o)[1], triton.Group)
+    assert isinstance(groups(o)[0], foreach.Group)
+    assert isinstance(groups(o)[1], triton.Group)
     with pytest.raises(RuntimeError, match="fused=True, but weight 0 is not contig"):
         LARS([p], 0.5, fused=True).step()
 
@@ -123,7 +122,7 @@ def test_without_triton_it_says_so(monkeypatch):
         LARS(params, 0.5, fused=True).step()
     o = LARS(params, 0.5)
     o.step()
-    assert engines(o) == [foreach, foreach]  # adapted layers, and the others
+    assert [type(group) for group in groups(o)] == [foreach.Group]
 
 
 def test_layers_that_are_adapted_and_others_share_the_kernels():
@@ -137,18 +136,18 @@ def test_layers_that_are_adapted_and_others_share_the_kernels():
         for step in range(3):
             give(params, step)
             o.step()
-        found.append([*tensors(params, o), *flat(dict(sorted(o.lengths().items())))])
-        assert len(engines(o)) == (1 if fused else 4)
+        found.append([*tensors(params, o), *flat(dict(sorted(o.layer_stats().items())))])
+        assert len(groups(o)) == 1
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
 def test_the_cpu_has_its_own_engine(monkeypatch):
-    monkeypatch.setattr(bucket, "GPU", "cuda")
+    monkeypatch.setattr(engines, "GPU", "cuda")
     p = nn.Parameter(torch.ones(2, 2))
     p.grad = torch.ones(2, 2)
     o = LARS([p], 0.5)
     o.step()
-    assert isinstance(engines(o)[0], native.Group)
+    assert isinstance(groups(o)[0], native.Group)
 
 
 def test_states_go_on_in_any_engine():
@@ -257,7 +256,7 @@ def test_who_takes_the_scale_of_the_loss(monkeypatch):
     params = layers()
     assert LARS(params, 0.5, fused=True)._step_supports_amp_scaling
     assert not LARS(params, 0.5)._step_supports_amp_scaling
-    monkeypatch.setattr(optimizer, "GPU", "another")
+    monkeypatch.setattr(engines, "GPU", "another")
     assert not LARS(params, 0.5, fused=True)._step_supports_amp_scaling
 
 
@@ -301,22 +300,22 @@ def test_a_graph_is_captured_with_tables_of_its_own(monkeypatch):
     give(params, 0)
     o.step()
     gradients = [p.grad for p in params]
-    monkeypatch.setattr(layout, "is_capturing", lambda device: True)
+    monkeypatch.setattr(conditional, "is_capturing", lambda device: True)
     o.step()  # on the gradients of before: the tables that are there become the graph's
-    first = o._plan._buckets
-    assert all(b.captured for b in first)
+    first = groups(o)
+    assert all(group.captured for group in first)
     give(params, 1)
     o.step()  # on others: the graph writes tables for itself
-    second = o._plan._buckets
-    assert all(b.captured for b in second)
+    second = groups(o)
+    assert all(group.captured for group in second)
     monkeypatch.undo()
-    for module in (bucket, optimizer):
-        monkeypatch.setattr(module, "GPU", DEVICE)
+    monkeypatch.setattr(engines, "GPU", DEVICE)
     for p, g in zip(params, gradients, strict=True):
         p.grad = g
     o.step()
-    assert not any(b.captured for b in o._plan._buckets)
-    assert o._plan._captured == [*first, *second]  # so that the graphs go on
+    assert not any(group.captured for group in groups(o))
+    kept = o._stepper.plan._captured  # so that the graphs go on
+    assert kept == [*first, *second]
     twin = layers()
     other = LARS(twin, 0.5, fused=False)
     for step in (0, 0, 1, 0):
@@ -330,7 +329,7 @@ def test_a_graph_needs_a_step_that_can_be_captured(monkeypatch):
     o = LARS(params, 0.5, fused=True)
     give(params, 0)
     o.step()
-    monkeypatch.setattr(layout, "is_capturing", lambda device: True)
+    monkeypatch.setattr(conditional, "is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="but capturable=False"):
         o.step()
 
@@ -352,7 +351,7 @@ def test_a_compiled_training_step_calls_the_kernels_between_its_graphs():
         step = torch.compile(train, backend="eager") if compiles else train
         for _ in range(3):
             step()
-        assert all(isinstance(engine, triton.Group) for engine in engines(o))
+        assert all(isinstance(group, triton.Group) for group in groups(o))
         found.append(tensors(list(net.parameters()), o))
     assert all(map(torch.equal, *found))
 
@@ -360,10 +359,9 @@ def test_a_compiled_training_step_calls_the_kernels_between_its_graphs():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_by_default_a_compiled_step_is_one_graph_without_the_kernels(monkeypatch):
     """On the device "meta", which plays the GPU and on which nothing is computed."""
-    for module in (bucket, optimizer):
-        monkeypatch.setattr(module, "GPU", "meta")
+    monkeypatch.setattr(engines, "GPU", "meta")
     asked = []
-    monkeypatch.setattr(bucket, "_triton", lambda: asked.append(1))
+    monkeypatch.setattr(triton, "bind", lambda *_: asked.append(1))
     params = [nn.Parameter(torch.empty(4, 3, device="meta"))]
     o = LARS(params, torch.empty((), device="meta"))
     graphs = []
@@ -378,5 +376,5 @@ def test_by_default_a_compiled_step_is_one_graph_without_the_kernels(monkeypatch
         params[0].grad = torch.empty_like(params[0])
         step()
     assert len(graphs) == 2  # without a momentum buffer, and with it
-    assert engines(o) == [foreach]
+    assert [type(group) for group in groups(o)] == [foreach.Group]
     assert not asked
