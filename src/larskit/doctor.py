@@ -1,15 +1,14 @@
-"""What ``larskit doctor`` prints: the kernels, the engines, the packages.
+"""What ``larskit doctor`` prints: the machine, the engines, the packages.
 
-An engine is imported, and its framework with it, since nothing else tells exactly why
-it cannot run; of every other package only the version is read.
+Every engine is imported, and its framework with it; of other packages only the version
+is read.
 """
 
-import pkgutil
 import platform
 import re
 import sys
 from collections.abc import Iterator
-from importlib import import_module, metadata
+from importlib import metadata
 
 from larskit import engines
 
@@ -23,7 +22,7 @@ Row = tuple[str, str]
 
 def report() -> str:
     """Return the table, one fact a line."""
-    rows = [*_machine(), *_engines(), *_kernel(), *_gpus(), *_required(), *_others()]
+    rows = [*_machine(), *_engines(), *_required(), *_others()]
     width = max(len(what) for what, _ in rows)
     return "\n".join(f"{what:{width}}  {' '.join(fact.split())}" for what, fact in rows)
 
@@ -35,58 +34,9 @@ def _machine() -> Iterator[Row]:
 
 
 def _engines() -> Iterator[Row]:
-    for module in pkgutil.iter_modules(engines.__path__):
-        why = _unavailable(module.name)
-        fact = f"not available: {why}" if why else "available"
-        yield f"engine {module.name}", fact
-
-
-def _unavailable(engine: str) -> str | None:
-    try:
-        module = import_module(f"larskit.engines.{engine}")
-    except ModuleNotFoundError as why:
-        return f"{why.name} is not installed"
-    except Exception as why:  # a broken framework raises what it likes
-        return f"{type(why).__name__}: {why}"
-    return module.unavailable() if hasattr(module, "unavailable") else None
-
-
-def _kernel() -> Iterator[Row]:
-    if _unavailable("native"):
-        yield "kernel", "none: install larskit again where there is a C++ compiler"
-        return
-    from larskit.engines import native
-
-    yield "kernel", native.variant()
-    try:
-        threads = f"{native.threads()} for NumPy arrays"
-    except ValueError as why:
-        threads = str(why)
-    if torch := sys.modules.get("torch"):
-        threads += f", {native.threads(torch.empty(0))} for torch tensors"
-    yield "threads", threads
-
-
-def _gpus() -> Iterator[Row]:
-    """Yield the devices that Triton's kernels run on."""
-    if _unavailable("triton"):
-        return
-    import torch
-
-    from larskit.engines import triton
-
-    if triton.INTERPRETED:
-        yield "GPU", "none: TRITON_INTERPRET=1 has Triton run its kernels on the CPU"
-        return
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        memory = f"{device.total_memory / 2**30:.0f} GiB"
-        why = triton.broken(torch.device("cuda", index))
-        yield (
-            f"GPU {index}",
-            f"{device.name}, {device.major}.{device.minor}, {memory}"
-            + (f", but {why}" if why else ""),
-        )
+    for name, why in engines.availability().items():
+        yield f"engine {name}", f"not available: {why}" if why else "available"
+    yield from engines.facts().items()
 
 
 def _required() -> Iterator[Row]:

@@ -34,6 +34,7 @@ __all__ = [
     "availability",
     "choose",
     "divides_grad_scale",
+    "facts",
     "integers",
     "is_traceable",
 ]
@@ -93,6 +94,12 @@ def availability() -> dict[str, str | None]:
     Every engine is imported, and its framework with it: nothing else tells exactly.
     """
     return {name: _unavailable(name) for name in NAMES}
+
+
+def facts() -> dict[str, str]:
+    """Return what the engines that can run here use of the machine."""
+    able = [name for name, why in availability().items() if why is None]
+    return {what: fact for name in able for what, fact in _engine(name).facts().items()}
 
 
 def divides_grad_scale(x: Any, switches: Switches) -> bool:

@@ -188,6 +188,10 @@ class Engine(Protocol):
         """Say why this engine cannot run at all; None where it can."""
         ...
 
+    def facts(self) -> dict[str, str]:
+        """Return what this engine uses of the machine, for ``larskit doctor``."""
+        ...
+
     def bind(
         self,
         layers: Layers,

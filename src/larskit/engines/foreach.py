@@ -35,6 +35,11 @@ def unavailable() -> str | None:
     return None
 
 
+def facts() -> dict[str, str]:
+    """Return nothing: this engine uses nothing of its own."""
+    return {}
+
+
 def bind(
     layers: Layers,
     config: Config,
