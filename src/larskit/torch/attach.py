@@ -8,7 +8,7 @@ import torch
 
 from larskit import norms
 from larskit.config import Config
-from larskit.torch.bucket import Settings
+from larskit.torch.options import Settings
 from larskit.torch.plan import Plan
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from larskit.rule import LayerStats
-from larskit.torch.bucket import PER_LAYER, is_selected
+from larskit.torch.options import PER_LAYER, is_selected, policy_of
 from larskit.torch.plan import Groups, Plan, name_of
-from larskit.torch.stepper import Stepper, policy_of
+from larskit.torch.stepper import Stepper
 
 
 class StepInBackward(Stepper):

@@ -7,33 +7,15 @@ import torch
 from torch import Tensor
 
 from larskit import engines
-from larskit.config import Config, is_zero
-from larskit.engines import Layers, Switches
+from larskit.config import Config
+from larskit.engines import Layers
 from larskit.norms import is_sharded
 from larskit.rule import Norms
+from larskit.torch.options import PER_LAYER, Settings, is_selected
 
-PER_LAYER = ("adapt", "decay")
 MOMENTUM, MASTER = "momentum_buffer", "master_weight"
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 _NOTHING: dict[str, Any] = {}
-
-
-class Settings(NamedTuple):
-    """What a parameter group says of its layers, beside the learning rate."""
-
-    config: Config
-    switches: Switches = engines.DEFAULT
-    master_weights: bool = False
-
-    @property
-    def keeps_momentum(self) -> bool:
-        """Whether momentum buffers are kept."""
-        return not is_zero(self.config.momentum)
-
-    @property
-    def structure(self) -> tuple[Any, ...]:
-        """What decides about the engine and about what is kept in the state."""
-        return self.switches, self.master_weights, self.keeps_momentum
 
 
 class BucketKey(NamedTuple):
@@ -52,14 +34,6 @@ def key_of(index: int, settings: Settings, p: Any) -> BucketKey:
     master = settings.master_weights and p.dtype in LOW_PRECISION
     dtypes = p.dtype, p.grad.dtype
     return BucketKey(index, p.device, *dtypes, is_sharded(p), master)
-
-
-def is_selected(group: dict[str, Any], name: str, row: int) -> bool:
-    """Whether a layer of a group is adapted, or decayed."""
-    given = group[name]
-    if given is None:
-        return group["params"][row].ndim >= 2
-    return given if isinstance(given, bool) else given[row]
 
 
 class Bucket:

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from larskit.config import LrPlacement, choice
-from larskit.torch.bucket import MOMENTUM, PER_LAYER
-from larskit.torch.stepper import PER_GROUP, SWITCHES
+from larskit.torch.bucket import MOMENTUM
+from larskit.torch.options import PER_GROUP, PER_LAYER, SWITCHES
 
 # The buffer of MAE, MoCo v3, VISSL, Barlow Twins and VICReg.
 _BUFFER = "mu"

@@ -6,16 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from larskit import config as _config
 from larskit.arrays import check_floating
-from larskit.config import Config, Denominator, LrPlacement, OnNonfinite, check_lr
+from larskit.config import Config, Denominator, LrPlacement, OnNonfinite
 from larskit.norms import check_layer
 from larskit.rule import LayerStats
 from larskit.select import Selection, check_matched, select
 from larskit.state import Names, PortableState
 from larskit.torch import describe, foreign, portable
-from larskit.torch.bucket import LOW_PRECISION, PER_LAYER, is_selected
-from larskit.torch.stepper import PER_GROUP, SWITCHES, Stepper, policy_of, settings_of
+from larskit.torch.bucket import LOW_PRECISION
+from larskit.torch.options import (
+    PER_GROUP,
+    PER_LAYER,
+    SWITCHES,
+    check_group,
+    is_selected,
+    policy_of,
+)
+from larskit.torch.stepper import Stepper
 
 _SWITCHES = (*SWITCHES, "on_nonfinite", "master_weights")
 
@@ -23,8 +30,9 @@ _SWITCHES = (*SWITCHES, "on_nonfinite", "master_weights")
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling.
 
-    A layer is one parameter tensor. It moves by ``lr * trust_coefficient * |w|``,
-    whatever the size of its gradient; see `larskit.rule` for the formula.
+    A layer is one parameter tensor. A step updates it by a fixed fraction of its weight
+    norm, ``lr * trust_coefficient``, independent of the gradient's magnitude; see
+    `larskit.rule` for the formula.
 
     Parameters
     ----------
@@ -52,54 +60,54 @@ class LARS(torch.optim.Optimizer):
     maximize : bool
         Climb instead of descend.
     foreach : bool, optional
-        True: work on lists of tensors; False: tensor by tensor, by the reference
-        engine. None (default): lists of plain tensors, where `fused` does not apply.
+        True: multi-tensor operations. False: tensor by tensor, on the reference engine.
+        None (default): multi-tensor operations where `fused` does not apply.
     fused : bool, optional
-        True: take the whole step in C++ on the CPU, or in Triton's kernels on a GPU,
-        for dense tensors, or say why that cannot be; `torch.amp.GradScaler` then
-        leaves the scale and what it has found to the kernels, as with torch's fused
-        optimizers. None (default): where it can be, and `foreach` is None.
+        True: the whole step in C++ on the CPU, or in Triton kernels on a GPU; dense
+        tensors only, else an error says why. `torch.amp.GradScaler` then leaves
+        division by the scale and the check for infinities to the kernels, as with
+        torch's fused optimizers. None (default): wherever that is possible and
+        `foreach` is None.
     carry_norms : bool
-        Measure the new weights while they are written, so that the next step need not:
-        a pass over memory less. It demands a fused engine. Weights that something else
-        writes are measured anew, but for what edits them through ``.data``, which
-        nothing can see: call ``torch.autograd.graph.increment_version(p)`` after such.
+        Compute the norms of the new weights while they are written, so that the next
+        step reads the weights once less. It requires a fused engine. Norms of weights
+        that another caller has written are computed again. One case is undetected: a
+        write through ``.data``. Call ``torch.autograd.graph.increment_version(p)``
+        after it.
     on_nonfinite : {"propagate", "skip", "raise"}
-        What to do where the length of a layer is NaN or infinite: let it show
-        (default), leave the whole step out, or raise `FloatingPointError` and leave it
-        out. The same in all groups, and in all processes of `torch.distributed`, which
-        agree in an all-reduce of one number.
+        What to do with a NaN or infinite norm: compute on with it (default), skip the
+        whole step, or skip it and raise `FloatingPointError`. All groups must have the
+        same; all processes of `torch.distributed` agree in an all-reduce of one number.
     capturable : bool
-        Read nothing on the host, so that a CUDA graph can capture the step: `lr` may be
-        a tensor on the device, and what is written into it later counts.
+        Read nothing on the host, so that a CUDA graph can capture the step. `lr` may be
+        a tensor on the device: each replay reads it.
     differentiable : bool
-        Make the new weights part of autograd's graph, on the reference engine.
+        Record the step in autograd's graph, on the reference engine.
     master_weights : bool
-        Keep float32 weights, and buffers, beside parameters of bfloat16 and float16.
-        Where somebody else writes a parameter, its master follows.
+        Keep float32 weights and buffers beside parameters of bfloat16 and float16. If
+        another caller writes a parameter, its master weights follow.
 
     Raises
     ------
     ValueError, TypeError
         For a hyper-parameter out of range, or a name pattern that matches nothing.
     RuntimeError
-        For switches that exclude each other.
+        For conflicting options.
 
     Notes
     -----
-    ``p.grad`` is never changed, and `step` waits for the device only where
-    `on_nonfinite` says so: for "raise", and for "skip" before there are buffers.
-    Everything but `on_nonfinite` can differ between parameter groups. `lr` and
+    ``p.grad`` is never changed. `step` performs a host-device synchronization only for
+    ``on_nonfinite="raise"``, and for "skip" before there are momentum buffers. All
+    options except `on_nonfinite` can differ between parameter groups. `lr` and
     `weight_decay` may be tensors of one element.
 
-    The state of a parameter is its ``momentum_buffer``, and ``master_weight`` where one
-    is kept: tensors of the parameter's own kind. Of sharded parameters (DTensor) they
-    are DTensors, and the processes find the lengths of the whole layers together, in
-    one all-reduce a step.
+    The state of a parameter is its ``momentum_buffer``, and its ``master_weight`` where
+    one is kept. For sharded parameters (DTensor) both are DTensors, and each step
+    performs one all-reduce, which computes the norms of the whole layers.
 
-    Under `torch.compile` the step of the foreach engine (``foreach=True``, and all but
-    CPU tensors by default) is part of the graph; otherwise it runs between two graphs,
-    on the same engine as ever. Give `lr` as a tensor: each new float compiles anew.
+    Under `torch.compile` the step is part of the graph where the foreach engine takes
+    it: with ``foreach=True``, and by default on all devices except the CPU. Otherwise
+    it runs between two graphs. Pass `lr` as a tensor: each new float recompiles.
 
     References
     ----------
@@ -161,7 +169,7 @@ class LARS(torch.optim.Optimizer):
         Patterns and callables in `adapt` and `decay` become tuples of bools.
         """
         full = {**self.defaults, **param_group}
-        _check_group(full)
+        check_group(full)
         super().add_param_group(dict(param_group))  # torch fills in what it is given
         group = self.param_groups[-1]
         try:
@@ -180,7 +188,7 @@ class LARS(torch.optim.Optimizer):
         self._stepper.group_added(len(self.param_groups) - 1)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a pickled or loaded state; what an older one lacks gets its default."""
+        """Set a pickled or loaded state; options that it lacks get their defaults."""
         super().__setstate__(state)
         self.__dict__.setdefault("_stepper", Stepper())
         for group in self.param_groups:
@@ -194,24 +202,24 @@ class LARS(torch.optim.Optimizer):
         ----------
         state_dict : dict
             Of this class, older versions included, in any dtype and from any device; of
-            `torch.optim.SGD`, timm, MAE, Barlow Twins and others of their kind. What it
-            does not say of the hyper-parameters stays as it is here.
+            `torch.optim.SGD`, or of the LARS of timm, MAE, Barlow Twins and similar.
+            Options that it does not contain stay as they are here.
 
         Raises
         ------
         ValueError
-            It does not fit the parameters, or its buffers are of the kind without the
-            learning rate, and those of this optimizer contain it: see
-            `convert_state_dict`. Nothing has changed then.
+            It does not fit the parameters, or its momentum buffers do not contain the
+            learning rate and those of this optimizer do: see `convert_state_dict`.
+            Nothing has changed then.
         """
-        wide: list[tuple[Any, str, Tensor]] = []
+        float32: list[tuple[Any, str, Tensor]] = []
 
         def adapt(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
             adapted = foreign.adapted(state_dict, self.param_groups)
             for group in adapted["param_groups"]:
-                _check_group(group)
+                check_group(group)
             policy_of(adapted["param_groups"])
-            wide.extend(_wide(adapted, self.param_groups))
+            float32.extend(_float32_state(adapted, self.param_groups))
             return adapted
 
         handle = self.register_load_state_dict_pre_hook(adapt)
@@ -219,7 +227,7 @@ class LARS(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        for p, key, x in wide:  # which torch has rounded to the parameter's dtype
+        for p, key, x in float32:  # which torch has rounded to the parameter's dtype
             self.state[p][key] = x.to(p.device)
 
     def portable_state(self) -> PortableState:
@@ -246,7 +254,7 @@ class LARS(torch.optim.Optimizer):
         Parameters
         ----------
         closure : callable, optional
-            Clears the gradients, computes them anew and returns the loss; runs first.
+            Clears the gradients, computes them again and returns the loss; runs first.
 
         Returns
         -------
@@ -256,9 +264,9 @@ class LARS(torch.optim.Optimizer):
         Raises
         ------
         RuntimeError
-            For a sparse gradient, or parameters that do not fit the switches.
+            For a sparse gradient, or parameters that the options do not allow.
         FloatingPointError
-            With ``on_nonfinite="raise"``. In all cases nothing has moved.
+            With ``on_nonfinite="raise"``. Nothing has changed in either case.
         """
         self._stepper.check_closure(closure)
         loss = None
@@ -272,9 +280,9 @@ class LARS(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether `torch.amp.GradScaler` shall leave its scale, and its finding, to us.
+        """Whether the step itself divides by the scale of `torch.amp.GradScaler`.
 
-        It then sets `grad_scale` and `found_inf` for the step, and waits for nothing.
+        The scaler then sets `grad_scale` and `found_inf` and does not synchronize.
         """
         return self._stepper.divides_grad_scale(self.param_groups)
 
@@ -322,46 +330,10 @@ class LARS(torch.optim.Optimizer):
         return self._stepper.layer_stats()
 
 
-def _check_group(group: dict[str, Any]) -> None:
-    settings_of(group)
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.device.type == "cpu":
-        check_lr(lr.item())
-    _config.choice("on_nonfinite", group["on_nonfinite"], OnNonfinite)
-    for name in (*SWITCHES, "master_weights"):
-        optional = name in ("foreach", "fused")
-        if group[name] not in ((True, False, None) if optional else (True, False)):
-            allowed = "True, False or None" if optional else "True or False"
-            raise TypeError(f"{name} must be {allowed}, got {group[name]!r}")
-    for pair, why in _EXCLUSIVE:
-        if all(group[name] == value for name, value in pair.items()):
-            both = " and ".join(f"{name}={value!r}" for name, value in pair.items())
-            raise RuntimeError(f"{both} exclude each other: {why}; leave one away")
-
-
-_FUSED_ONLY = "only a fused engine carries norms"
-_IN_PLACE = "autograd sees only the steps of the reference engine"
-_EXCLUSIVE: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"foreach": True, "fused": True}, "they demand two engines"),
-    ({"carry_norms": True, "foreach": True}, _FUSED_ONLY),
-    ({"carry_norms": True, "foreach": False}, _FUSED_ONLY),
-    ({"carry_norms": True, "fused": False}, _FUSED_ONLY),
-    (
-        {"carry_norms": True, "capturable": True},
-        "a graph cannot see who else writes the weights",
-    ),
-    ({"carry_norms": True, "differentiable": True}, _FUSED_ONLY),
-    ({"capturable": True, "on_nonfinite": "raise"}, "a captured step cannot raise"),
-    ({"differentiable": True, "foreach": True}, _IN_PLACE),
-    ({"differentiable": True, "fused": True}, _IN_PLACE),
-    ({"differentiable": True, "master_weights": True}, _IN_PLACE),
-    ({"differentiable": True, "on_nonfinite": "skip"}, _IN_PLACE),
-    ({"differentiable": True, "on_nonfinite": "raise"}, _IN_PLACE),
-)
-
-
-def _wide(state_dict: dict[str, Any], groups: Any) -> Iterator[tuple[Any, str, Tensor]]:
-    """Yield what must keep its float32 beside narrow parameters, once it is loaded."""
+def _float32_state(
+    state_dict: dict[str, Any], groups: Any
+) -> Iterator[tuple[Any, str, Tensor]]:
+    """Yield the float32 state of low-precision parameters, to be set after loading."""
     for group, own in zip(state_dict["param_groups"], groups, strict=False):
         for key, p in zip(group["params"], own["params"], strict=False):
             if group["master_weights"] and p.dtype in LOW_PRECISION:

@@ -11,9 +11,8 @@ from larskit.arrays import Scalar, from_numpy, to_numpy
 from larskit.norms import is_sharded
 from larskit.state import Names, PortableState
 from larskit.state.portable import LayerTable, described
-from larskit.torch.bucket import PER_LAYER, is_selected
+from larskit.torch.options import PER_LAYER, is_selected, settings_of
 from larskit.torch.plan import name_of
-from larskit.torch.stepper import settings_of
 
 # The parts of a state, and what they are called in `optimizer.state`.
 KINDS = {"momentum": "momentum_buffer", "master": "master_weight"}

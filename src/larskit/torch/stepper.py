@@ -7,19 +7,21 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from larskit import config as _config
 from larskit import engines
-from larskit.config import Config, check_lr
-from larskit.engines import Switches
 from larskit.norms import is_sharded
 from larskit.rule import LayerStats
-from larskit.torch.bucket import PER_LAYER, Settings
+from larskit.torch.options import (
+    PER_GROUP,
+    PER_LAYER,
+    SWITCHES,
+    Settings,
+    check_rate,
+    policy_of,
+    settings_of,
+    switches_of,
+)
 from larskit.torch.plan import Groups, Plan, same
 
-PER_GROUP = tuple(
-    name for name in _config.NAMES if name not in (*PER_LAYER, "zero_guard")
-)
-SWITCHES = Switches._fields
 # All that a step reads of a parameter group, beside its parameters and its rate.
 _OPTIONS = (*PER_GROUP, *PER_LAYER, *SWITCHES, "on_nonfinite", "master_weights")
 
@@ -171,43 +173,6 @@ class Stepper:
             rows = zip(*vectors, *flags, strict=True)
             found.update(zip(bucket.names, starmap(LayerStats, rows), strict=True))
         return found
-
-
-def settings_of(group: dict[str, Any]) -> Settings:
-    """Check the hyper-parameters of a group, and return them."""
-    check_rate(group["lr"])
-    for name in PER_GROUP:
-        _check_one_number(name, group[name])
-    config = Config(**{name: group[name] for name in PER_GROUP})
-    return Settings(config, switches_of(group), group["master_weights"])
-
-
-def switches_of(group: dict[str, Any]) -> Switches:
-    """Return which engine a group asks for, and how it must work."""
-    return Switches(*[group[name] for name in SWITCHES])
-
-
-def check_rate(lr: Any) -> None:
-    """Refuse a learning rate; the contents of a tensor are not looked at."""
-    check_lr(lr)
-    _check_one_number("lr", lr)
-
-
-def policy_of(groups: Groups) -> str:
-    """Return what to do with a norm that is not finite: one thing for all groups."""
-    policies = list(dict.fromkeys(group["on_nonfinite"] for group in groups))
-    if len(policies) > 1:
-        raise ValueError(
-            f"on_nonfinite applies to the whole step, but the parameter groups have "
-            f"{' and '.join(map(repr, policies))}: give all of them the same"
-        )
-    return policies[0]
-
-
-def _check_one_number(name: str, x: Any) -> None:
-    if isinstance(x, Tensor) and x.numel() != 1:
-        shape = tuple(x.shape)
-        raise ValueError(f"{name} has the shape {shape}, expected one number")
 
 
 def _check_gradient(p: Any, name: str) -> None:
