@@ -74,7 +74,9 @@ def test_it_steps_as_the_reference(options):
             o.step()
         fused = [isinstance(engine, triton.Group) for engine in groups(o)]
         assert all(fused) == (not engine)
-        found.append([*tensors(params, o), *flat(dict(sorted(o.layer_stats().items())))])
+        found.append(
+            [*tensors(params, o), *flat(dict(sorted(o.layer_stats().items())))]
+        )
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
@@ -136,7 +138,9 @@ def test_layers_that_are_adapted_and_others_share_the_kernels():
         for step in range(3):
             give(params, step)
             o.step()
-        found.append([*tensors(params, o), *flat(dict(sorted(o.layer_stats().items())))])
+        found.append(
+            [*tensors(params, o), *flat(dict(sorted(o.layer_stats().items())))]
+        )
         assert len(groups(o)) == 1
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 

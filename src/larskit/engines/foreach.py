@@ -111,8 +111,9 @@ class Group:
         layers, switches = self._layers, self._switches
         lr = beside(lr, self.weights[0])
         apply_if = decided(apply_if, layers, self.buffers, config, switches)
-        before = []
+        before, flag = [], torch.empty(0)
         if isinstance(apply_if, Tensor):
+            flag = apply_if
             self._make_buffers(config)
             kept = [x for x in (*self.weights, *self.buffers) if x is not None]
             before = [(x, x.clone()) for x in kept]
@@ -120,7 +121,7 @@ class Group:
         parts = list(self._divided(config, grad_scale, norms))
         found = [step(part, scalar(lr, part.w[0]), full_stats) for part in parts]
         for x, old in before:
-            x.copy_(torch.where(apply_if, x, old))
+            x.copy_(torch.where(flag, x, old))
         for part in parts:
             for i, v in zip(part.rows, part.buffers, strict=True):
                 self.buffers[i] = v

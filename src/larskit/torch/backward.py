@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from larskit.rule import LayerStats
-from larskit.torch.options import PER_LAYER, is_selected, policy_of
-from larskit.torch.plan import Groups, Plan, name_of
+from larskit.torch.options import PER_LAYER, Groups, is_selected, policy_of
+from larskit.torch.plan import Plan, name_of
 from larskit.torch.stepper import Stepper
 
 

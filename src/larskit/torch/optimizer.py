@@ -18,6 +18,7 @@ from larskit.torch.options import (
     PER_GROUP,
     PER_LAYER,
     SWITCHES,
+    Groups,
     check_group,
     is_selected,
     policy_of,
@@ -331,7 +332,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def _float32_state(
-    state_dict: dict[str, Any], groups: Any
+    state_dict: dict[str, Any], groups: Groups
 ) -> Iterator[tuple[Any, str, Tensor]]:
     """Yield the float32 state of low-precision parameters, to be set after loading."""
     for group, own in zip(state_dict["param_groups"], groups, strict=False):

@@ -9,8 +9,6 @@ from larskit.norm import norm
 from larskit.norms import is_sharded
 from larskit.torch.bucket import Bucket, BucketKey, Settings, key_of
 
-Groups = Sequence[dict[str, Any]]
-
 
 class Plan:
     """Parameters in buckets, for one engine call each.

@@ -14,13 +14,14 @@ from larskit.torch.options import (
     PER_GROUP,
     PER_LAYER,
     SWITCHES,
+    Groups,
     Settings,
     check_rate,
     policy_of,
     settings_of,
     switches_of,
 )
-from larskit.torch.plan import Groups, Plan, same
+from larskit.torch.plan import Plan, same
 
 # All that a step reads of a parameter group, beside its parameters and its rate.
 _OPTIONS = (*PER_GROUP, *PER_LAYER, *SWITCHES, "on_nonfinite", "master_weights")
