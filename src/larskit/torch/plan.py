@@ -7,7 +7,8 @@ from typing import Any
 from larskit import engines
 from larskit.norm import norm
 from larskit.norms import is_sharded
-from larskit.torch.bucket import Bucket, BucketKey, Settings, key_of
+from larskit.torch.bucket import Bucket, BucketKey, key_of
+from larskit.torch.options import Groups, Settings
 
 
 class Plan:
