@@ -42,7 +42,7 @@ class Plan:
         self._sharded: Any = None  # the norms of all sharded layers
         self._idle_shards: list[tuple[int, Any]] = []
         self._written: dict[Any, int] = {}  # versions of parameters that have masters
-        self._captured: list[engines.Group] = []  # which CUDA graphs still use
+        self._captured: list[engines.Group] = []  # kept: replays of CUDA graphs use them
 
     @property
     def device(self) -> Any:
@@ -102,7 +102,6 @@ class Plan:
         )
 
     def _bind(self, groups: Groups, settings: Sequence[Settings], state: Any) -> None:
-        former, self._captured = self.buckets, self._kept_for_graphs()
         buckets: dict[BucketKey, Bucket] = {}
         idle = []
         for index, group in enumerate(groups):
@@ -116,16 +115,13 @@ class Plan:
                 bucket = buckets.setdefault(key, Bucket(key))
                 bucket.add(group, row, name, state, self._written)
         for key, bucket in buckets.items():
-            bucket.bind(settings[key.group], former, self._scales_gradients)
+            bucket.bind(settings[key.group], self.buckets, self._scales_gradients)
+        self._captured += [b.group for b in self.buckets if b.group.captured]
         self.buckets, self._idle = list(buckets.values()), idle
         self._params = [p for group in groups for p in group["params"]]
         self._states = [*state.values()]
         self._settings, self._structure = settings, _structure(groups, settings)
         self._gather_sharded()
-
-    def _kept_for_graphs(self) -> list[engines.Group]:
-        """Return the groups that graphs work on: replays use what these have made."""
-        return [*self._captured, *(b.group for b in self.buckets if b.group.captured)]
 
     def _gather_sharded(self) -> None:
         params = [p for p in self._params if is_sharded(p)]
