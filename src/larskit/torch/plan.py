@@ -42,7 +42,7 @@ class Plan:
         self._sharded: Any = None  # the norms of all sharded layers
         self._idle_shards: list[tuple[int, Any]] = []
         self._written: dict[Any, int] = {}  # versions of parameters that have masters
-        self._captured: list[engines.Group] = []  # kept: replays of CUDA graphs use them
+        self._captured: list[engines.Group] = []  # for replays of CUDA graphs
 
     @property
     def device(self) -> Any:
