@@ -8,18 +8,26 @@ from typing import Any
 
 import array_api_compat
 
-from larskit.arrays import cast, compiles, dtype_name, flat, namespace, norm_dtype
+from larskit.arrays import (
+    Array,
+    cast,
+    compiles,
+    dtype_name,
+    flat,
+    namespace,
+    norm_dtype,
+)
 
 # One block of the sum of squares: 32 rows, added one after the other, of 32 lanes.
 ROWS, LANES = 32, 32
 
 
-def norm(x: Any) -> Any:
+def norm(x: Array) -> Array:
     """Return the Euclidean norm of all elements of `x`, as a 0-d array."""
     return root(sum_of_squares(x))
 
 
-def root(squares: Any) -> Any:
+def root(squares: Array) -> Array:
     """Return the square root; its gradient at zero is zero, not NaN."""
     xp = namespace(squares)
     zero = squares <= 0  # never below; and the == of Paddle compares with a tolerance
@@ -27,7 +35,7 @@ def root(squares: Any) -> Any:
     return xp.where(zero, squares, root)
 
 
-def sum_of_squares(x: Any) -> Any:
+def sum_of_squares(x: Array) -> Array:
     """Add the squares of all elements of `x` in a fixed order, as a 0-d array.
 
     The elements, in memory order and padded with zeros, are cut into blocks of `ROWS`
@@ -51,12 +59,12 @@ def sum_of_squares(x: Any) -> Any:
     return _fold(xp, _fold(xp, total))
 
 
-def _wide_square(x: Any) -> Any:
+def _wide_square(x: Array) -> Array:
     x = cast(x, norm_dtype(x))
     return x * x
 
 
-def _pad(xp: Any, x: Any, size: int) -> Any:
+def _pad(xp: Any, x: Array, size: int) -> Array:
     missing = size - x.shape[0]
     if missing == 0:
         return x
@@ -64,7 +72,7 @@ def _pad(xp: Any, x: Any, size: int) -> Any:
     return xp.concat([x, zeros])
 
 
-def _fold(xp: Any, x: Any) -> Any:
+def _fold(xp: Any, x: Array) -> Array:
     """Add the last axis of `x` up by folding its upper half onto its lower one."""
     while (size := x.shape[-1]) > 1:
         half = (size + 1) // 2

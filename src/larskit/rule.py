@@ -17,10 +17,13 @@ of the inputs. The rest of this package decides only where this runs (engines), 
 norms of sharded layers are found (norms), and who keeps v (the APIs).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from larskit.arrays import (
+    Array,
+    Scalar,
     cast,
     dtype_name,
     is_array,
@@ -33,7 +36,7 @@ from larskit.arrays import (
 from larskit.config import Config, is_zero
 from larskit.norm import norm
 
-Norms = tuple[Any, Any]  # |w|, and q: what `denominator` measures
+Norms = tuple[Array, Array]  # |w|, and q: what `denominator` measures
 
 
 class LayerStats(NamedTuple):
@@ -55,15 +58,15 @@ class LayerStats(NamedTuple):
         The norm of what the step subtracts from w; None unless it was asked for.
     """
 
-    weight_norm: Any
-    gradient_norm: Any
-    trust_ratio: Any
-    adapted: Any = True
-    decayed: Any = True
-    update_norm: Any = None
+    weight_norm: Scalar
+    gradient_norm: Scalar
+    trust_ratio: Scalar
+    adapted: bool | Sequence[bool] = True
+    decayed: bool | Sequence[bool] = True
+    update_norm: Scalar | None = None
 
 
-def trust_ratio(w_norm: Any, q: Any, lr: Any, config: Config) -> Any:
+def trust_ratio(w_norm: Array, q: Array, lr: Scalar, config: Config) -> Array:
     """Return r, the factor of a layer's learning rate.
 
     Parameters
@@ -99,19 +102,19 @@ def trust_ratio(w_norm: Any, q: Any, lr: Any, config: Config) -> Any:
     return xp.where(plain, one, ratio)
 
 
-def _clipped(xp: Any, ratio: Any, lr: Any, one: Any) -> Any:
+def _clipped(xp: Any, ratio: Array, lr: Scalar, one: Array) -> Array:
     """Return ``min(ratio / lr, 1)``, and 1 at a rate of 0; NaN stays NaN."""
     lr = lr * one
     ratio = ratio / xp.where(lr <= 0, one, lr)
     return xp.where((ratio > 1) | (lr <= 0), one, ratio)
 
 
-def measure(w: Any, g: Any, v: Any, config: Config) -> Norms:
+def measure(w: Array, g: Array, v: Array | None, config: Config) -> Norms:
     """Return ``(|w|, q)``, the norms that `trust_ratio` takes, as 0-d arrays."""
     return norm(w), norm(measured_gradient(w, g, v, config))
 
 
-def measured_gradient(w: Any, g: Any, v: Any, config: Config) -> Any:
+def measured_gradient(w: Array, g: Array, v: Array | None, config: Config) -> Array:
     """Return the array whose norm is q: g, ``g + wd*w`` or y, see `Config`."""
     if config.denominator == "decayed_gradient":
         return decayed(w, g, config)
@@ -121,8 +124,8 @@ def measured_gradient(w: Any, g: Any, v: Any, config: Config) -> Any:
 
 
 def descend(
-    w: Any, g: Any, v: Any, ratio: Any, lr: Any, config: Config
-) -> tuple[Any, Any]:
+    w: Array, g: Array, v: Array | None, ratio: Array, lr: Scalar, config: Config
+) -> tuple[Array, Array]:
     """Return what a step subtracts from the weights, and v', in float32 or wider.
 
     Parameters
@@ -151,8 +154,13 @@ def descend(
 
 
 def displacement(
-    w: Any, g: Any, v: Any, lr: Any, config: Config, norms: Norms | None = None
-) -> tuple[Any, Any, LayerStats]:
+    w: Array,
+    g: Array,
+    v: Array | None,
+    lr: Scalar,
+    config: Config,
+    norms: Norms | None = None,
+) -> tuple[Array, Array, LayerStats]:
     """Measure, take the ratio, descend: ``(w - w', v', stats)``.
 
     `norms` is what `measure` would return, where it is known already, as for a layer of
@@ -166,8 +174,13 @@ def displacement(
 
 
 def step(
-    w: Any, g: Any, v: Any, lr: Any, config: Config, norms: Norms | None = None
-) -> tuple[Any, Any, LayerStats]:
+    w: Array,
+    g: Array,
+    v: Array | None,
+    lr: Scalar,
+    config: Config,
+    norms: Norms | None = None,
+) -> tuple[Array, Array, LayerStats]:
     """Move one layer: ``(w', v', stats)``. Pure: the inputs are not written.
 
     Parameters
@@ -186,14 +199,14 @@ def step(
     return moved(w, y), new_v, stats
 
 
-def moved(w: Any, y: Any) -> Any:
+def moved(w: Array, y: Array) -> Array:
     """Return ``w - y`` in the dtype of w."""
     return cast(widen(w) - y, dtype_name(w))
 
 
 def scaled_gradient(
-    w: Any, g: Any, config: Config, scale: Any = 1.0, norms: Norms | None = None
-) -> Any:
+    w: Array, g: Array, config: Config, scale: Scalar = 1.0, norms: Norms | None = None
+) -> Array:
     """Return ``r*u`` in the dtype of `g`: the gradient an inner optimizer steps with.
 
     `scale` is what the loss, hence `g` and the result, was multiplied by; `norms` are
@@ -206,12 +219,12 @@ def scaled_gradient(
     return cast(rounded(ratio, u) * u, dtype_name(g))
 
 
-def weight_decay(config: Config) -> Any:
+def weight_decay(config: Config) -> Scalar:
     """Return the decay that applies to this layer."""
     return config.weight_decay if config.decay else 0.0
 
 
-def decayed(w: Any, g: Any, config: Config) -> Any:
+def decayed(w: Array, g: Array, config: Config) -> Array:
     """Return u, the gradient to descend with the decay in it, in float32 or wider."""
     g = -widen(g) if config.maximize else widen(g)
     wd = weight_decay(config)
@@ -221,13 +234,13 @@ def decayed(w: Any, g: Any, config: Config) -> Any:
     return g + scalar(wd, w) * w
 
 
-def rounded(ratio: Any, like: Any) -> Any:
+def rounded(ratio: Array, like: Array) -> Array:
     """Round a ratio, once, to the real dtype that `like` is stepped in."""
     to_float32 = dtype_name(like) not in ("float64", "complex128")
     return cast(ratio, "float32" if to_float32 else norm_dtype(like))
 
 
-def at_step(config: Config, count: Any) -> Config:
+def at_step(config: Config, count: Scalar) -> Config:
     """Return `config` without its dampening where `count`, the steps taken, is 0."""
     if is_zero(config.dampening) or config.denominator == "momentum":
         return config
@@ -236,14 +249,14 @@ def at_step(config: Config, count: Any) -> Config:
     return replace(config, dampening=config.dampening * later)
 
 
-def _accumulate(v: Any, x: Any, config: Config) -> tuple[Any, Any]:
+def _accumulate(v: Array | None, x: Array, config: Config) -> tuple[Array, Array]:
     """Return (v', y): the buffer that took x, and the direction to step along."""
     mu = scalar(config.momentum, x)
     new_v = x if v is None else mu * widen(v) + (1 - scalar(config.dampening, x)) * x
     return new_v, x + mu * new_v if config.nesterov else new_v
 
 
-def _accumulate_plain(v: Any, u: Any, config: Config) -> tuple[Any, Any]:
+def _accumulate_plain(v: Array | None, u: Array, config: Config) -> tuple[Array, Array]:
     """Do what `_accumulate` does, from a buffer of zeros: nothing is scaled yet."""
     if v is None:
         v = namespace(u).zeros_like(u)

@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from larskit.arrays import framework
+from larskit.arrays import Array, Scalar, framework
 from larskit.config import Config, is_zero
-from larskit.engines.contract import Array, Arrays, Buffers, Layers, Switches
+from larskit.engines.contract import Arrays, Buffers, Layers, Switches
 
 
 def beside(x: Any, like: Array) -> Any:
@@ -24,7 +24,7 @@ def config_beside(config: Config, like: Array) -> Config:
     return Config(**{name: beside(x, like) for name, x in values.items()})
 
 
-def unscaled(gradients: Arrays, grad_scale: Any) -> Arrays:
+def unscaled(gradients: Arrays, grad_scale: Array | None) -> Arrays:
     """Return new gradients, divided by the scale of the loss."""
     if grad_scale is None:
         return gradients
@@ -34,7 +34,11 @@ def unscaled(gradients: Arrays, grad_scale: Any) -> Arrays:
 
 
 def decided(
-    apply_if: Any, layers: Layers, buffers: Buffers, config: Config, switches: Switches
+    apply_if: bool | Array,
+    layers: Layers,
+    buffers: Buffers,
+    config: Config,
+    switches: Switches,
 ) -> Any:
     """Return `apply_if` as a bool where the host may or must know it, else a tensor.
 
@@ -72,7 +76,7 @@ def integers(values: Sequence[int], device: Any) -> Array:
 
 
 def check_capture(
-    layers: Layers, buffers: Buffers, lr: Any, config: Config, switches: Switches
+    layers: Layers, buffers: Buffers, lr: Scalar, config: Config, switches: Switches
 ) -> None:
     """Refuse a step that a CUDA graph could not repeat, see `contract.Group.check`."""
     w = layers.weights[0]

@@ -6,14 +6,14 @@ all, `Engine.bind` ties the arrays of some layers to it. What `bind` returns is 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+from larskit.arrays import Array, Scalar
 from larskit.config import Config
 from larskit.rule import LayerStats, Norms
 
-Array = Any
-Arrays = Sequence[Any]
-Buffers = Sequence[Any | None]
+Arrays = Sequence[Array]
+Buffers = Sequence[Array | None]
 
 
 class Unsupported(RuntimeError):
@@ -106,7 +106,7 @@ class Group(Protocol):
         """
         ...
 
-    def check(self, lr: Any, config: Config) -> None:
+    def check(self, lr: Scalar, config: Config) -> None:
         """Refuse a step that cannot be taken as the switches say, before any begins.
 
         Raises
@@ -116,7 +116,7 @@ class Group(Protocol):
         """
         ...
 
-    def norms(self, config: Config, grad_scale: Any = None) -> Norms:
+    def norms(self, config: Config, grad_scale: Array | None = None) -> Norms:
         """Return ``(|w|, q)`` of each layer, as two vectors; nothing is written.
 
         Of the gradients divided by `grad_scale`.
@@ -125,12 +125,12 @@ class Group(Protocol):
 
     def step_(
         self,
-        lr: Any,
+        lr: Scalar,
         config: Config,
         norms: Norms | None = None,
         *,
-        grad_scale: Any = None,
-        apply_if: Any = True,
+        grad_scale: Array | None = None,
+        apply_if: bool | Array = True,
         full_stats: bool = False,
     ) -> None:
         """Move the layers along the gradients that were bound last, once.
@@ -161,7 +161,10 @@ class Group(Protocol):
         ...
 
     def scale_gradients(
-        self, config: Config, norms: Norms | None = None, grad_scale: Any = None
+        self,
+        config: Config,
+        norms: Norms | None = None,
+        grad_scale: Array | None = None,
     ) -> Arrays:
         """Return ``r*u`` for each layer, see `larskit.rule.scaled_gradient`.
 

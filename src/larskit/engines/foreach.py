@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from larskit import rule
-from larskit.arrays import norm_dtype, scalar
+from larskit.arrays import Array, Scalar, norm_dtype, scalar
 from larskit.config import Config, is_number, is_zero
 from larskit.engines import contract
 from larskit.engines.conditional import (
@@ -86,11 +86,11 @@ class Group:
         del gradients
         return False
 
-    def check(self, lr: Any, config: Config) -> None:
+    def check(self, lr: Scalar, config: Config) -> None:
         """Refuse what a CUDA graph could not repeat."""
         check_capture(self._layers, self.buffers, lr, config, self._switches)
 
-    def norms(self, config: Config, grad_scale: Any = None) -> Norms:
+    def norms(self, config: Config, grad_scale: Array | None = None) -> Norms:
         """Return the norms of each layer, as two vectors."""
         parts = list(self._divided(config, grad_scale))
         found = [_measure(part.w, _measured_gradients(part)) for part in parts]
@@ -99,12 +99,12 @@ class Group:
 
     def step_(
         self,
-        lr: Any,
+        lr: Scalar,
         config: Config,
         norms: Norms | None = None,
         *,
-        grad_scale: Any = None,
-        apply_if: Any = True,
+        grad_scale: Array | None = None,
+        apply_if: bool | Array = True,
         full_stats: bool = False,
     ) -> None:
         """Move the layers."""
@@ -142,7 +142,10 @@ class Group:
         )
 
     def scale_gradients(
-        self, config: Config, norms: Norms | None = None, grad_scale: Any = None
+        self,
+        config: Config,
+        norms: Norms | None = None,
+        grad_scale: Array | None = None,
     ) -> Arrays:
         """Return ``r*u`` for each layer, without waiting for the device."""
         config = config_beside(config, self.weights[0])
@@ -164,7 +167,7 @@ class Group:
         return results
 
     def _divided(
-        self, config: Config, grad_scale: Any, norms: Norms | None = None
+        self, config: Config, grad_scale: Array | None, norms: Norms | None = None
     ) -> Iterator["_Part"]:
         """Yield the layers whose flags are equal."""
         config = config_beside(config, self.weights[0])
@@ -204,7 +207,7 @@ class _Part:
         self.v = [None if v is None else _real([v])[0] for v in buffers]
 
 
-def _step_(part: _Part, lr: Any, full_stats: bool) -> tuple[Tensor, ...]:
+def _step_(part: _Part, lr: Scalar, full_stats: bool) -> tuple[Tensor, ...]:
     """Move layers, and return their statistics."""
     move = _along_buffer if part.config.denominator == "momentum" else _along_gradient
     y, new_v, found = move(part, lr)
@@ -216,7 +219,7 @@ def _step_(part: _Part, lr: Any, full_stats: bool) -> tuple[Tensor, ...]:
     return found
 
 
-def _look(part: _Part, lr: Any, full_stats: bool) -> tuple[Tensor, ...]:
+def _look(part: _Part, lr: Scalar, full_stats: bool) -> tuple[Tensor, ...]:
     """Return the statistics of a step that is not taken."""
     w_norms, q = part.norms or _measure(part.w, _measured_gradients(part))
     found = w_norms, q, rule.trust_ratio(w_norms, q, lr, part.config)
@@ -224,7 +227,7 @@ def _look(part: _Part, lr: Any, full_stats: bool) -> tuple[Tensor, ...]:
 
 
 def _along_gradient(
-    part: _Part, lr: Any
+    part: _Part, lr: Scalar
 ) -> tuple[Tensors, Tensors, tuple[Tensor, ...]]:
     """Return what to subtract from the weights, the new buffers and the statistics."""
     w, g, config = part.w, part.g, part.config
@@ -247,7 +250,9 @@ def _along_gradient(
     return list(y), new_v, (w_norms, q, ratio)
 
 
-def _along_buffer(part: _Part, lr: Any) -> tuple[Tensors, Tensors, tuple[Tensor, ...]]:
+def _along_buffer(
+    part: _Part, lr: Scalar
+) -> tuple[Tensors, Tensors, tuple[Tensor, ...]]:
     """Do what `_along_gradient` does where q is the norm of the updated buffer."""
     u = _decayed(part.w, part.g, part.config)
     zeros = zip(u, part.v, strict=True)

@@ -8,7 +8,7 @@ from itertools import repeat
 from typing import Any
 
 from larskit import rule
-from larskit.arrays import namespace, stop_gradient, write
+from larskit.arrays import Array, Scalar, namespace, stop_gradient, write
 from larskit.config import Config, is_zero
 from larskit.engines import contract
 from larskit.engines.conditional import (
@@ -20,7 +20,6 @@ from larskit.engines.conditional import (
 )
 from larskit.engines.contract import (
     DEFAULT,
-    Array,
     Arrays,
     Layers,
     Switches,
@@ -74,11 +73,11 @@ class Group:
         del gradients
         return False
 
-    def check(self, lr: Any, config: Config) -> None:
+    def check(self, lr: Scalar, config: Config) -> None:
         """Refuse what a CUDA graph could not repeat."""
         check_capture(self._layers, self.buffers, lr, config, self._switches)
 
-    def norms(self, config: Config, grad_scale: Any = None) -> Norms:
+    def norms(self, config: Config, grad_scale: Array | None = None) -> Norms:
         """Return the norms of each layer, as two vectors."""
         found = [rule.measure(*row) for row in self._rows(config, grad_scale)]
         w_norms, q = zip(*found, strict=True)
@@ -86,12 +85,12 @@ class Group:
 
     def step_(
         self,
-        lr: Any,
+        lr: Scalar,
         config: Config,
         norms: Norms | None = None,
         *,
-        grad_scale: Any = None,
-        apply_if: Any = True,
+        grad_scale: Array | None = None,
+        apply_if: bool | Array = True,
         full_stats: bool = False,
     ) -> None:
         """Move the layers one after the other."""
@@ -125,7 +124,10 @@ class Group:
         )
 
     def scale_gradients(
-        self, config: Config, norms: Norms | None = None, grad_scale: Any = None
+        self,
+        config: Config,
+        norms: Norms | None = None,
+        grad_scale: Array | None = None,
     ) -> Arrays:
         """Return ``r*u`` for each layer."""
         scale = 1.0 if grad_scale is None else beside(grad_scale, self.weights[0])
@@ -138,7 +140,7 @@ class Group:
         self._layers = self._layers._replace(gradients=())
         return _written(out, new)
 
-    def _rows(self, config: Config, grad_scale: Any = None) -> Iterator[Any]:
+    def _rows(self, config: Config, grad_scale: Array | None = None) -> Iterator[Any]:
         """Yield the weights, gradient, buffer and configuration of each layer."""
         layers = self._layers
         config = config_beside(config, self.weights[0])
@@ -171,7 +173,7 @@ def _each(norms: Norms | None) -> Iterator[Any]:
 
 
 def _applied(
-    apply_if: Any, w: Array, v: Array | None, new_w: Array, new_v: Array | None
+    apply_if: bool | Array, w: Array, v: Array | None, new_w: Array, new_v: Array | None
 ) -> tuple[Array, Array | None]:
     """Return the new weights and buffer, or the old where an array of bool says so."""
     if apply_if is True:
