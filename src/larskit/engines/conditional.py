@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from larskit.arrays import Array, Scalar, framework
 from larskit.config import Config, is_zero
@@ -99,5 +99,5 @@ def check_capture(
         )
 
 
-def _is_tensor(x: Any) -> bool:
+def _is_tensor(x: object) -> TypeGuard[Array]:
     return framework(x) == "torch"
