@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from larskit.jax import TrainVar, Variable
-from larskit.jax.variables import Node
+from larskit.jax.graph import Node
 from larskit.state import files
 
 
