@@ -23,6 +23,7 @@ from larskit.jax.variables import (
     variable_types,
     write,
 )
+from larskit.names import check_same, listed, missing_and_extra
 from larskit.state import files
 
 AnyNode = Any  # a `Node`, or an object of BrainPy
@@ -291,15 +292,12 @@ class Node:
         """
         flat = _flattened(state_dict, compatible)
         own = self.vars()
-        result = StateLoadResult(
-            [key for key in own if key not in flat],
-            [key for key in flat if key not in own],
-        )
+        result = StateLoadResult(*missing_and_extra(flat, own))
         pairs = {key: (own[key], flat[key]) for key in own if key in flat}
         _assign(pairs, "state_dict: ")
         for fault, keys in zip(("misses", "has unexpected"), result, strict=True):
             if warn and keys:
-                warnings.warn(f"state_dict {fault} {_listed(keys)}", stacklevel=2)
+                warnings.warn(f"state_dict {fault} {listed(keys)}", stacklevel=2)
         return result
 
     def save_states(
@@ -348,15 +346,13 @@ class Node:
         tensors = files.load(filename)
         own = self.vars("relative")
         known = {**self.train_vars("relative"), **own}
-        for fault, keys in (
-            ("misses", [key for key in own if key not in tensors]),
-            ("has the unknown", [key for key in tensors if key not in known]),
-        ):
-            if keys:
-                raise ValueError(
-                    f"{filename} does not fit {self.name}, it {fault} {_listed(keys)}: "
-                    "load the file that an object of the same variables has saved"
-                )
+        check_same(
+            f"{filename} does not fit {self.name}, it",
+            tensors,
+            own,
+            "expected the file that an object of the same variables has saved",
+            optional=known,
+        )
         _assign({key: (known[key], x) for key, x in tensors.items()}, f"{filename}: ")
         if verbose:
             for key, x in tensors.items():
@@ -514,17 +510,13 @@ def _device(device: Device) -> Device:
     except RuntimeError as why:
         seen = sorted({found.platform for found in jax.devices()} | {"cpu"})
         raise RuntimeError(
-            f"there is no {device!r} device, JAX sees {_listed(seen)}: move to one of "
+            f"there is no {device!r} device, JAX sees {listed(seen)}: move to one of "
             "those, or install JAX for it"
         ) from why
 
 
 def _joined(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
 
 
 def _node_types() -> tuple[type, ...]:

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from larskit import rule
-from larskit.arrays import check_floating, is_array
+from larskit.arrays import (
+    Array,
+    Scalar,
+    check_array,
+    check_floating,
+    from_numpy,
+    is_array,
+    to_numpy,
+)
 from larskit.config import Config, check_lr, is_number
 from larskit.jax.graph import Node
 from larskit.jax.variables import (
@@ -21,6 +29,7 @@ from larskit.jax.variables import (
     variable_type,
     write,
 )
+from larskit.names import check_same
 from larskit.state import Names, PortableState
 from larskit.state.portable import hyperparameters
 
@@ -307,16 +316,9 @@ class LARS(Node):
                 f"grads is a {type(grads).__name__}, expected a dict of gradients by "
                 "the names of the weights"
             )
-        for fault, names in (
-            ("misses", [key for key in self.vars_to_train if key not in grads]),
-            ("has the extra", [key for key in grads if key not in self.vars_to_train]),
-        ):
-            if names:
-                raise ValueError(
-                    f"grads {fault} {', '.join(map(repr, names))}, expected one for "
-                    f"each of {', '.join(map(repr, self.vars_to_train))}"
-                )
-        return {key: _gradient(grads, key, w) for key, w in self.vars_to_train.items()}
+        known = self.vars_to_train
+        check_same("grads", grads, known, "expected one for each trained variable")
+        return {key: _gradient(grads, key, w) for key, w in known.items()}
 
     def update(self, grads: Mapping[str, Any]) -> None:
         """Move the weights one step along their gradients.
@@ -354,7 +356,7 @@ class LARS(Node):
         """
         rate = native(self.lr())
         momentum = {
-            key: np.array(read(self.implicit_vars[f"{key}_m"]))
+            key: to_numpy(read(self.implicit_vars[f"{key}_m"]))
             for key in self.vars_to_train
         }
         layers = {key: hyperparameters(rate, self.config) for key in momentum}
@@ -383,10 +385,10 @@ class LARS(Node):
         step = found.counted_by(type(self).__name__)
         rate = self._resumed_rate(found)
         found = found.converted({key: {**x, "lr": rate} for key, x in layers.items()})
-        moved = [(self.step_count, _like(step, read(self.step_count)))]
+        moved = [(self.step_count, _filled(step, read(self.step_count)))]
         for key in weights:
             m = self.implicit_vars[f"{key}_m"]
-            moved.append((m, _like(found.momentum.get(key, 0.0), read(m))))
+            moved.append((m, _filled(found.momentum.get(key, 0.0), read(m))))
         for variable, value in moved:
             write(variable, value)
         self._set_constant(rate)
@@ -401,9 +403,9 @@ class LARS(Node):
     def _set_constant(self, rate: float) -> None:
         lr = self.__dict__["lr"]
         if variable_type(lr):
-            write(lr, _like(rate, read(lr)))
+            write(lr, _filled(rate, read(lr)))
         elif _is_constant(lr):
-            self.lr = _like(rate, lr) if isinstance(lr, jax.Array) else rate
+            self.lr = _filled(rate, lr) if isinstance(lr, jax.Array) else rate
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         """Return what JAX may trace, and the rest, see `tree_unflatten`.
@@ -432,10 +434,10 @@ class LARS(Node):
         return super().tree_flatten()
 
 
-def _like(x: Any, array: Any) -> Any:
-    """Return `x` as an array of the shape, dtype and place of `array`."""
-    x = np.broadcast_to(np.asarray(x, array.dtype), array.shape)
-    return jax.device_put(x, array.sharding)
+def _filled(x: Scalar | np.ndarray, array: Array) -> Array:
+    """Return `x`, a number or an array, with the shape, dtype and place of `array`."""
+    exact = np.asarray(x, array.dtype)  # refuses an int that is too large
+    return from_numpy(np.broadcast_to(exact, array.shape), array)
 
 
 def _is_constant(lr: Any) -> bool:
@@ -466,6 +468,5 @@ def _check_trainable(key: Any, w: Any) -> None:
 
 def _gradient(grads: Mapping[str, Any], key: str, w: Any) -> Any:
     g, what = native(grads[key]), f"grads[{key!r}]"
-    if not is_array(g):
-        raise TypeError(f"{what} is a {type(g).__name__}, expected an array")
+    check_array(g, what)
     return checked_like(g, read(w), what)

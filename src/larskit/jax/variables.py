@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_pytree_node_class
 
-from larskit.arrays import Array, dtype_name
+from larskit.arrays import Array, check_shape, dtype_name
 
 try:
     from jax.extend.core import get_opaque_trace_state
@@ -150,10 +150,7 @@ def checked_like(x: Array | AnyVariable, like: Array, what: str) -> Array:
     x = native(x)
     if not hasattr(x, "dtype"):
         x = jnp.asarray(x, like.dtype)
-    if tuple(x.shape) != tuple(like.shape):
-        raise ValueError(
-            f"{what} has the shape {tuple(x.shape)}, expected {tuple(like.shape)}"
-        )
+    check_shape(x, like, what, "the variable")
     if dtype_name(x) != dtype_name(like):
         raise TypeError(
             f"{what} has the dtype {dtype_name(x)}, expected {dtype_name(like)}: "
