@@ -9,18 +9,30 @@ SOURCE = Path(__file__).parents[1] / "src" / "larskit"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 # What each part may import of ours, anywhere in its file.
-CORE = {"arrays", "config", "rule", "select", "tree", "layers", "state"}
+CORE = {
+    "arrays",
+    "cores",
+    "names",
+    "config",
+    "rule",
+    "select",
+    "tree",
+    "layers",
+    "state",
+}
 MACHINERY = CORE | {"engines", "layout", "norms", "functional", "hook", "containers"}
 ALLOWED = {
     "config": set(),
     "arrays": set(),
-    "state": {"arrays", "config", "functional", "layers", "select", "tree"},
+    "cores": set(),
+    "names": set(),
+    "state": {"arrays", "config", "functional", "layers", "names", "select", "tree"},
     "layers": {"arrays", "config", "select", "tree"},
     "containers": {"arrays", "functional", "tree"},
     "layout": {"arrays"},
     "rule": {"arrays", "config"},
     "select": {"config"},
-    "tree": {"config", "arrays"},
+    "tree": {"arrays", "names"},
     "presets": {"config"},
     "norms": {"rule", "arrays", "config", "layout"},
     "engines": {"rule", "norms", "arrays", "config", "layout", "_native"},

@@ -112,7 +112,7 @@ class Jax:
         make: Any = larskit.jax.LARS
         if own.pop("denominator", "paper") == "momentum":
             own.pop("dampening")
-            make = make.as_printed
+            make = make.lamb_paper
         own["tc"] = own.pop("trust_coefficient")
         self.optimizer = make(lr, self.weights, **own)
         self.optimizer.config = dataclasses.replace(

@@ -116,6 +116,22 @@ def check_floating(x: Any, what: str) -> None:
         )
 
 
+def check_array(x: Any, what: str) -> None:
+    """Refuse what is no array, or an array that LARS cannot step."""
+    if not is_array(x):
+        raise TypeError(f"{what} is a {type(x).__name__}, expected an array")
+    check_floating(x, what)
+
+
+def check_shape(x: Array, like: Array, what: str, other: str) -> None:
+    """Refuse an array of another shape than that of `like`, which is called `other`."""
+    if tuple(x.shape) != tuple(like.shape):
+        raise ValueError(
+            f"{what} has the shape {tuple(x.shape)}, expected that of {other}, "
+            f"{tuple(like.shape)}"
+        )
+
+
 def widen(x: Any) -> Any:
     """Cast `x` to the dtype that its arithmetic runs in: float32 or wider."""
     return cast(x, _WIDE[dtype_name(x)])
@@ -208,7 +224,9 @@ def from_numpy(x: np.ndarray, like: Array) -> Array:
     name = "float32" if x.dtype.name == "bfloat16" else x.dtype.name
     known = np.array(x, name)  # few frameworks know the bfloat16 of ml_dtypes
     new = cast(namespace(like).asarray(known), dtype_name(like))
-    if framework(like) in ("torch", "cupy", "jax"):
+    if framework(like) == "jax":
+        return sys.modules["jax"].device_put(new, like.sharding)
+    if framework(like) in ("torch", "cupy"):
         return array_api_compat.to_device(new, array_api_compat.device(like))
     return new
 

@@ -8,6 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+from larskit.cores import usable_cores
+
 _EXTRA = ("matplotlib", "PIL", "rich", "sklearn", "torch")
 
 
@@ -125,7 +127,6 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_study(commands: Any) -> None:
-    from larskit.app import cores
     from larskit.app.settings import RECIPES, Model, Optimizer, Settings
 
     text = "Compare optimizers over batch sizes, learning rates and seeds."
@@ -154,7 +155,8 @@ def _add_study(commands: Any) -> None:
     counts = {"type": _count, "metavar": "N"}
     add = parser.add_argument
     add("--seeds", default=3, help="trainings of a kind (default: 3)", **counts)
-    add("--jobs", default=cores(), help="at a time (default: the cores)", **counts)
+    jobs = usable_cores()
+    add("--jobs", default=jobs, help="at a time (default: the cores)", **counts)
     add("--out", **_out("runs/study"))
 
 

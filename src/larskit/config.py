@@ -84,7 +84,7 @@ class Config:
                 "denominator='momentum' measures the buffer after it was updated, so "
                 "the learning rate cannot stand inside it: pass lr_placement='outside'"
             )
-        without_momentum = is_number(self.momentum) and self.momentum == 0
+        without_momentum = is_zero(self.momentum)
         if without_momentum and self.nesterov:
             raise ValueError(
                 "nesterov=True needs a momentum above 0, got momentum=0: raise the "

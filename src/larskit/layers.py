@@ -7,7 +7,9 @@ from dataclasses import replace
 from larskit.arrays import (
     Array,
     Scalar,
+    check_array,
     check_floating,
+    check_shape,
     dtype_name,
     framework,
     is_array,
@@ -59,11 +61,7 @@ class Layers:
         self.names = list(map(path_str, self.paths))
         self.arrays: list[Array] = list(map(unwrap, self.leaves))
         for array, label in zip(self.arrays, self.labels(what), strict=True):
-            if not is_array(array):
-                raise TypeError(
-                    f"{label} is a {type(array).__name__}, expected an array"
-                )
-            check_floating(array, label)
+            check_array(array, label)
 
     def labels(self, what: str) -> list[str]:
         """Return for each leaf what messages call that of the container `what`."""
@@ -106,11 +104,7 @@ def _check_like(w: Array, x: Array, name: str) -> None:
             f"{name} is a {type(x).__name__}, expected an array of {framework(w)} "
             "like the weights: convert it"
         )
-    if tuple(x.shape) != tuple(w.shape):
-        raise ValueError(
-            f"{name} has the shape {tuple(x.shape)}, expected that of the weights, "
-            f"{tuple(w.shape)}"
-        )
+    check_shape(x, w, name, "the weights")
     if dtype_name(x) != dtype_name(w):
         raise TypeError(
             f"{name} has the dtype {dtype_name(x)}, expected that of the weights, "

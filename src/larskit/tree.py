@@ -13,6 +13,7 @@ from typing import Any
 import optree
 
 from larskit.arrays import Array, framework
+from larskit.names import check_same
 
 NAMESPACE = "larskit"
 Path = tuple[Any, ...]
@@ -66,7 +67,7 @@ def broadcast_leaves(tree: Tree, paths: list[Path], what: str) -> list[Leaf]:
     TypeError
         Where `tree` is a container but `paths` is that of one array.
     ValueError
-        Naming the first path that `tree` misses, or has and should not.
+        Listing the paths that `tree` misses, or has and should not.
     """
     if tree is None or is_leaf(tree):
         return [tree] * len(paths)
@@ -77,17 +78,8 @@ def broadcast_leaves(tree: Tree, paths: list[Path], what: str) -> list[Leaf]:
         )
     found_paths, leaves, _ = flatten(tree)
     found = dict(zip(found_paths, leaves, strict=True))
-    expected = set(paths)
-    for wrong, fault, remedy in (
-        ([path for path in paths if path not in found], "misses", "add"),
-        ([path for path in found if path not in expected], "has the extra", "remove"),
-    ):
-        if wrong:
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise ValueError(
-                f"{what} {fault} leaf {path_str(wrong[0])!r}{more}, expected the same "
-                f"leaves as the weights: {remedy} it"
-            )
+    remedy = "expected the same leaves as the weights: give both one structure"
+    check_same(what, found, dict.fromkeys(paths), remedy, text=path_str)
     return [found[path] for path in paths]
 
 

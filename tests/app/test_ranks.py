@@ -65,7 +65,7 @@ def test_every_image_is_the_share_of_one_rank(size, parts):
 
 
 def test_the_cores_are_shared(monkeypatch):
-    monkeypatch.setattr("larskit.app.ranks.cores", lambda: 7)
+    monkeypatch.setattr("larskit.app.ranks.usable_cores", lambda: 7)
     assert Ranks().threads is None
     assert [Ranks(0, n, 0, n).threads for n in (2, 3, 9)] == [3, 2, 1]
 

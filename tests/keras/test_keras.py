@@ -575,7 +575,7 @@ def test_a_state_without_buffers_is_one_of_zeros():
         (
             lambda: built(names=["w", "w"]).portable_state(),
             ValueError,
-            "two variables have the path 'w', .*: give their layers names of their",
+            "two layers are called 'w', .*: give the layers of the model names of",
         ),
         (lambda: load(step=None), ValueError, "does not say how many steps were tak"),
         (lambda: load(taker=0.5), ValueError, "'kernel' has in effect dampening=0.5"),

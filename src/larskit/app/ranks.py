@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from larskit.app import InputError, cores
+from larskit.app import InputError
+from larskit.cores import usable_cores
 
 Shard = Literal["fsdp2"]
 TIMEOUT = timedelta(minutes=10)
@@ -69,7 +70,9 @@ class Ranks:
     @property
     def threads(self) -> int | None:
         """How many cores this process may use; None if it has all for itself."""
-        return None if self.local_size == 1 else max(1, cores() // self.local_size)
+        if self.local_size == 1:
+            return None
+        return max(1, usable_cores() // self.local_size)
 
     def share(self, images: Tensor, parts: int = 1) -> tuple[Tensor, ...]:
         """Split images into parts, and return what this rank has of each."""

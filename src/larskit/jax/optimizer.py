@@ -10,9 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from larskit import rule
-from larskit.arrays import check_floating, is_array
+from larskit.arrays import (
+    Array,
+    Scalar,
+    check_array,
+    check_floating,
+    from_numpy,
+    is_array,
+    to_numpy,
+)
 from larskit.config import Config, check_lr, is_number
-from larskit.jax.variables import Node, Variable, family, fitting, native, read, write
+from larskit.jax.graph import Node
+from larskit.jax.variables import (
+    Variable,
+    checked_like,
+    native,
+    read,
+    variable_type,
+    write,
+)
+from larskit.names import check_same
 from larskit.state import Names, PortableState
 from larskit.state.portable import hyperparameters
 
@@ -38,8 +55,8 @@ class LARS(Node):
         from 0, as the schedules of optax.
     train_vars : dict of str to variable, optional
         The weights: `TrainVar`, ``flax.nnx.Param`` or ``brainpy.math.TrainVar``, all of
-        one family; see `register_train_vars`. The optimizer's own state is made of
-        variables of that family, so that its transformations see them.
+        one type; see `register_train_vars`. The optimizer's own state is made of
+        variables of that type, so that its transformations see them.
     momentum : float, default=0.9
         mu, at least 0 and below 1.
     weight_decay : float, default=0.0001
@@ -66,11 +83,11 @@ class LARS(Node):
     Notes
     -----
     This is what ``brainpy.optim.LARS`` 2.8.2 computes; older ones differ where \|g\| is
-    0. The formula printed in its documentation is another: `as_printed`.
+    0. The formula printed in its documentation is another: `lamb_paper`.
 
     The object is a pytree: `jax.jit` takes it as an argument and returns it, weights
     and all, as below. Under ``flax.nnx.jit`` and ``brainpy.math.jit`` the variables of
-    those families change in place.
+    those types change in place.
 
     The weights belong to the model: they are in `train_vars`, but not in `vars`,
     `state_dict` and the files. `to` moves them all the same.
@@ -122,7 +139,7 @@ class LARS(Node):
         self.name = name
 
     @classmethod
-    def as_printed(
+    def lamb_paper(
         cls,
         lr: Any,
         train_vars: Mapping[str, Any] | None = None,
@@ -132,17 +149,17 @@ class LARS(Node):
         eps: float = 1e-05,
         name: str | None = None,
     ) -> Self:
-        r"""Make the optimizer that the documentation of ``brainpy.optim.LARS`` prints.
+        r"""Return the LARS of the LAMB paper (arXiv 1904.00962).
 
-        The momentum is an average, and its length stands in the denominator:
+        The documentation of ``brainpy.optim.LARS`` prints its formula. The momentum is
+        an average, and its norm is the denominator:
 
         .. math::
             v' &= \mu v + (1 - \mu) (g + \lambda w) \\
             w' &= w - \mathrm{lr} \, \frac{\eta |w|}{|v'| + \epsilon} \, v'
 
-        with a ratio of 1 where \|w\| or \|v'\| is 0. That is the LARS of the LAMB paper
-        (arXiv 1904.00962). With ``tc=1`` and ``eps=0`` it is the printed formula to the
-        letter.
+        with a ratio of 1 where \|w\| or \|v'\| is 0. With ``tc=1`` and ``eps=0`` it is
+        the printed formula to the letter.
 
         Parameters
         ----------
@@ -153,14 +170,14 @@ class LARS(Node):
         -------
         LARS
         """
-        printed = cls(lr, train_vars, momentum, weight_decay, tc, eps, name)
-        printed.config = replace(
-            printed.config,
+        made = cls(lr, train_vars, momentum, weight_decay, tc, eps, name)
+        made.config = replace(
+            made.config,
             denominator="momentum",
             lr_placement="outside",
             dampening=momentum,
         )
-        return printed
+        return made
 
     @property
     def lr(self) -> Any:
@@ -188,7 +205,7 @@ class LARS(Node):
     def __repr__(self) -> str:
         """Show the hyper-parameters."""
         config = self.config
-        how = ".as_printed" if config.denominator == "momentum" else ""
+        how = ".lamb_paper" if config.denominator == "momentum" else ""
         return (
             f"{type(self).__name__}{how}(lr={self.__dict__['lr']!r}, "
             f"momentum={config.momentum}, weight_decay={config.weight_decay}, "
@@ -201,7 +218,7 @@ class LARS(Node):
         Parameters
         ----------
         train_vars : dict of str to variable, optional
-            Variables of ours, of flax.nnx or of BrainPy, all of the same family, of any
+            Variables of ours, of flax.nnx or of BrainPy, all of the same type, of any
             shape and a floating or complex dtype. What is trained already under the
             same name is left as it is.
 
@@ -214,12 +231,12 @@ class LARS(Node):
         new = self._checked({} if train_vars is None else train_vars)
         if not new:
             return
-        kind = family(next(iter(new.values())))
+        kind = variable_type(next(iter(new.values())))
         self.register_implicit_vars(
             {f"{key}_m": kind(jnp.zeros_like(read(w))) for key, w in new.items()}
         )
         self.vars_to_train.update(new)
-        if family(self.step_count) is not kind:
+        if variable_type(self.step_count) is not kind:
             self.step_count = kind(read(self.step_count))
 
     def _checked(self, train_vars: Any) -> dict[str, Any]:
@@ -244,7 +261,7 @@ class LARS(Node):
                 f"train_vars holds one variable under two names, among {[*named]}: "
                 "register it once"
             )
-        if len({family(w) for w in named.values()}) > 1:
+        if len({variable_type(w) for w in named.values()}) > 1:
             raise TypeError(
                 "train_vars mixes variables of larskit.jax, flax.nnx or brainpy: use "
                 "one optimizer for each"
@@ -299,16 +316,9 @@ class LARS(Node):
                 f"grads is a {type(grads).__name__}, expected a dict of gradients by "
                 "the names of the weights"
             )
-        for fault, names in (
-            ("misses", [key for key in self.vars_to_train if key not in grads]),
-            ("has the extra", [key for key in grads if key not in self.vars_to_train]),
-        ):
-            if names:
-                raise ValueError(
-                    f"grads {fault} {', '.join(map(repr, names))}, expected one for "
-                    f"each of {', '.join(map(repr, self.vars_to_train))}"
-                )
-        return {key: _gradient(grads, key, w) for key, w in self.vars_to_train.items()}
+        known = self.vars_to_train
+        check_same("grads", grads, known, "expected one for each trained variable")
+        return {key: _gradient(grads, key, w) for key, w in known.items()}
 
     def update(self, grads: Mapping[str, Any]) -> None:
         """Move the weights one step along their gradients.
@@ -346,7 +356,7 @@ class LARS(Node):
         """
         rate = native(self.lr())
         momentum = {
-            key: np.array(read(self.implicit_vars[f"{key}_m"]))
+            key: to_numpy(read(self.implicit_vars[f"{key}_m"]))
             for key in self.vars_to_train
         }
         layers = {key: hyperparameters(rate, self.config) for key in momentum}
@@ -375,10 +385,10 @@ class LARS(Node):
         step = found.counted_by(type(self).__name__)
         rate = self._resumed_rate(found)
         found = found.converted({key: {**x, "lr": rate} for key, x in layers.items()})
-        moved = [(self.step_count, _like(step, read(self.step_count)))]
+        moved = [(self.step_count, _filled(step, read(self.step_count)))]
         for key in weights:
             m = self.implicit_vars[f"{key}_m"]
-            moved.append((m, _like(found.momentum.get(key, 0.0), read(m))))
+            moved.append((m, _filled(found.momentum.get(key, 0.0), read(m))))
         for variable, value in moved:
             write(variable, value)
         self._set_constant(rate)
@@ -392,10 +402,10 @@ class LARS(Node):
 
     def _set_constant(self, rate: float) -> None:
         lr = self.__dict__["lr"]
-        if family(lr):
-            write(lr, _like(rate, read(lr)))
+        if variable_type(lr):
+            write(lr, _filled(rate, read(lr)))
         elif _is_constant(lr):
-            self.lr = _like(rate, lr) if isinstance(lr, jax.Array) else rate
+            self.lr = _filled(rate, lr) if isinstance(lr, jax.Array) else rate
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         """Return what JAX may trace, and the rest, see `tree_unflatten`.
@@ -424,14 +434,14 @@ class LARS(Node):
         return super().tree_flatten()
 
 
-def _like(x: Any, array: Any) -> Any:
-    """Return `x` as an array of the shape, dtype and place of `array`."""
-    x = np.broadcast_to(np.asarray(x, array.dtype), array.shape)
-    return jax.device_put(x, array.sharding)
+def _filled(x: Scalar | np.ndarray, array: Array) -> Array:
+    """Return `x`, a number or an array, with the shape, dtype and place of `array`."""
+    exact = np.asarray(x, array.dtype)  # refuses an int that is too large
+    return from_numpy(np.broadcast_to(exact, array.shape), array)
 
 
 def _is_constant(lr: Any) -> bool:
-    return family(lr) is not None or not callable(lr)
+    return variable_type(lr) is not None or not callable(lr)
 
 
 def _check_constant(lr: Any) -> None:
@@ -448,7 +458,7 @@ def _check_constant(lr: Any) -> None:
 def _check_trainable(key: Any, w: Any) -> None:
     if not isinstance(key, str):
         raise TypeError(f"train_vars has the key {key!r}, expected names")
-    if family(w) is None:
+    if variable_type(w) is None:
         raise TypeError(
             f"train_vars[{key!r}] is a {type(w).__name__}, expected a variable of "
             "larskit.jax, flax.nnx or brainpy: wrap it in larskit.jax.TrainVar"
@@ -458,6 +468,5 @@ def _check_trainable(key: Any, w: Any) -> None:
 
 def _gradient(grads: Mapping[str, Any], key: str, w: Any) -> Any:
     g, what = native(grads[key]), f"grads[{key!r}]"
-    if not is_array(g):
-        raise TypeError(f"{what} is a {type(g).__name__}, expected an array")
-    return fitting(g, read(w), what)
+    check_array(g, what)
+    return checked_like(g, read(w), what)

@@ -12,8 +12,8 @@ from jax import export
 from jax.tree_util import keystr
 
 from larskit import rule
-from larskit.arrays import cast, check_floating, dtype_name
-from larskit.config import Config, Denominator, LrPlacement, check_lr, is_number
+from larskit.arrays import cast, check_floating, check_shape, dtype_name
+from larskit.config import Config, Denominator, LrPlacement, check_lr, is_zero
 from larskit.hook import Transformation
 from larskit.norm import root, sum_of_squares
 from larskit.norms import mesh
@@ -134,14 +134,8 @@ def lars(
     )
     if not callable(learning_rate):
         check_lr(learning_rate, "learning_rate")
-    keeps = not (is_number(momentum) and momentum == 0)
-    layers = partial(
-        _layers,
-        adapt=adapt,
-        decay=decay,
-        layer_axis=layer_axis,
-        axis_names=axis_names,
-    )
+    keeps = not is_zero(momentum)
+    layers = partial(_layers, adapt, decay, layer_axis, axis_names)
 
     def init(params: Any) -> LarsState:
         zeros = partial(jnp.zeros_like, dtype=accumulator_dtype)
@@ -156,10 +150,10 @@ def lars(
         rate, wd = (_now(x, state.count) for x in (learning_rate, weight_decay))
         now = at_step(replace(config, weight_decay=wd), state.count)
         found, structure = layers(params)
-        grads = _like(found, structure, updates, "updates")
+        grads = _matched(found, structure, updates, "updates")
         buffers = [None] * len(found)
         if keeps:
-            buffers = _like(found, structure, state.momentum, "state.momentum")
+            buffers = _matched(found, structure, state.momentum, "state.momentum")
         y, kept = _descent(found, grads, buffers, rate, now)
         new = [None if x is None else -x for x in y]
         buffers = structure.unflatten(kept) if keeps else None
@@ -216,13 +210,7 @@ def scale_by_lars(
             "denominator='momentum' measures a buffer, but scale_by_lars keeps none: "
             "use larskit.jax.lars, or denominator='decayed_gradient'"
         )
-    layers = partial(
-        _layers,
-        adapt=adapt,
-        decay=decay,
-        layer_axis=layer_axis,
-        axis_names=axis_names,
-    )
+    layers = partial(_layers, adapt, decay, layer_axis, axis_names)
 
     def init(params: Any) -> ScaleByLarsState:
         layers(params)
@@ -232,7 +220,7 @@ def scale_by_lars(
         updates: Any, state: ScaleByLarsState, params: Any = None
     ) -> tuple[Any, ScaleByLarsState]:
         found, structure = layers(params)
-        grads = _like(found, structure, updates, "updates")
+        grads = _matched(found, structure, updates, "updates")
         y, _ = _descent(found, grads, [None] * len(found), 1.0, config)
         return structure.unflatten(y), state
 
@@ -255,7 +243,7 @@ class _Layer(NamedTuple):
 
 
 def _layers(
-    params: Any, *, adapt: Any, decay: Any, layer_axis: Any, axis_names: Any
+    adapt: Any, decay: Any, layer_axis: Any, axis_names: Any, params: Any
 ) -> tuple[list[_Layer], Any]:
     """Return the layers of a tree of parameters, and its structure."""
     if params is None:
@@ -332,18 +320,15 @@ def _is_mask(choice: Any) -> bool:
     return bool(flags) and all(flags) and not isinstance(choice, bool)
 
 
-def _like(layers: list[_Layer], structure: Any, tree: Any, what: str) -> list[Any]:
+def _matched(layers: list[_Layer], structure: Any, tree: Any, what: str) -> list[Any]:
     """Return the arrays that a tree has for the layers; None where it has none."""
     try:
         leaves = structure.flatten_up_to(tree)
     except ValueError as why:
         raise ValueError(f"{what} is no tree like params: {why}") from why
     for layer, x in zip(layers, leaves, strict=True):
-        if x is not None and jnp.shape(x) != jnp.shape(layer.array):
-            raise ValueError(
-                f"{what} at {layer.name!r} has the shape {jnp.shape(x)}, expected that "
-                f"of the parameter, {jnp.shape(layer.array)}"
-            )
+        if x is not None:
+            check_shape(x, layer.array, f"{what} at {layer.name!r}", "the parameter")
     return leaves
 
 

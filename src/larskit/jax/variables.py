@@ -1,33 +1,24 @@
-"""Variables, and the graph of named objects that hold them, as BrainPy has them.
+"""Variables: arrays that are replaced in place.
 
-JAX arrays never change. What changes in place is a variable: a box with an array of one
-shape and dtype in it. Three families of boxes are understood: our own, those of
-flax.nnx and those of BrainPy.
+JAX arrays are immutable. A variable holds one and can be given another of its shape and
+dtype. Three kinds are supported: `Variable`, and those of flax.nnx and of BrainPy.
 """
 
 import sys
-import warnings
-from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
-from itertools import count
-from os import PathLike
-from typing import Any, NamedTuple, Self
-from weakref import WeakValueDictionary
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import register_pytree_node_class
 
-from larskit.arrays import dtype_name
-from larskit.state import files
+from larskit.arrays import Array, check_shape, dtype_name
 
 try:
     from jax.extend.core import get_opaque_trace_state
 except ImportError:  # where JAX is older
     from jax.core import get_opaque_trace_state
 
-_owners: WeakValueDictionary[str, "Node"] = WeakValueDictionary()
-_numbers: defaultdict[str, Iterable[int]] = defaultdict(count)
+AnyVariable = Any  # a `Variable`, or one of flax.nnx or BrainPy
 
 
 @register_pytree_node_class
@@ -44,20 +35,20 @@ class Variable:
         Its dtype; by default that which `jax.numpy` gives it.
     """
 
-    _value: Any
+    _value: Array
     _trace: Any
 
-    def __init__(self, value: Any, dtype: Any = None) -> None:
+    def __init__(self, value: Array, dtype: Any = None) -> None:
         """Hold a copy of `value`."""
         value = jnp.array(native(value), dtype)
         self._hold(jnp.asarray(value, value.dtype))  # no longer weakly typed
 
-    def _hold(self, value: Any) -> None:
+    def _hold(self, value: Array) -> None:
         self._value = value
         self._trace = get_opaque_trace_state("flax")
 
     @property
-    def value(self) -> Any:
+    def value(self) -> Array:
         """The array; what it is set to must have its shape and dtype.
 
         Raises
@@ -71,14 +62,15 @@ class Variable:
         return self._value
 
     @value.setter
-    def value(self, value: Any) -> None:
+    def value(self, value: Array) -> None:
         if self._trace != get_opaque_trace_state("flax"):
             raise RuntimeError(
                 f"a {type(self).__name__} cannot be set inside a JAX transformation "
                 "that it was not passed into: pass what holds it, such as the "
                 "optimizer, as an argument and return it"
             )
-        self._value = fitting(value, self._value, f"the {type(self).__name__}'s value")
+        what = f"the {type(self).__name__}'s value"
+        self._value = checked_like(value, self._value, what)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,7 +82,7 @@ class Variable:
         """The dtype of the array."""
         return self._value.dtype
 
-    def __jax_array__(self) -> Any:
+    def __jax_array__(self) -> Array:
         """Stand for the array in the functions of `jax.numpy`."""
         return self._value
 
@@ -106,12 +98,12 @@ class Variable:
         """Copy and pickle the array alone."""
         return type(self), (self._value,)
 
-    def tree_flatten(self) -> tuple[tuple[Any], None]:
+    def tree_flatten(self) -> tuple[tuple[Array], None]:
         """Return the array as the only leaf."""
         return (self._value,), None
 
     @classmethod
-    def tree_unflatten(cls, aux: None, values: tuple[Any]) -> Self:
+    def tree_unflatten(cls, aux: None, values: tuple[Array]) -> Self:
         """Rebuild the variable around a leaf."""
         self = object.__new__(cls)
         self._hold(values[0])
@@ -123,24 +115,24 @@ class TrainVar(Variable):
     """A variable that is trained."""
 
 
-def family(x: Any) -> Any:
-    """Return the class that a variable's companions are made of; None for no variable.
+def variable_type(x: Any) -> Any:
+    """Return the class of variables that `x` belongs to; None where it is no variable.
 
-    It is our own `Variable`, ``flax.nnx.Variable`` or ``brainpy.math.Variable``.
+    It is `Variable`, ``flax.nnx.Variable`` or ``brainpy.math.Variable``.
     """
-    return next((kind for kind in _variable_kinds() if isinstance(x, kind)), None)
+    return next((kind for kind in variable_types() if isinstance(x, kind)), None)
 
 
-def read(variable: Any) -> Any:
-    """Return the array in a variable of any family."""
-    if isinstance(variable, _loaded("flax.nnx", "Variable")):
+def read(variable: AnyVariable) -> Array:
+    """Return the array in a variable of any type."""
+    if isinstance(variable, if_loaded("flax.nnx", "Variable")):
         return variable.get_value()
     return variable.value
 
 
-def write(variable: Any, value: Any) -> None:
-    """Put an array that fits into a variable of any family."""
-    if isinstance(variable, _loaded("flax.nnx", "Variable")):
+def write(variable: AnyVariable, value: Array) -> None:
+    """Put an array that fits into a variable of any type."""
+    if isinstance(variable, if_loaded("flax.nnx", "Variable")):
         variable.set_value(value)
     else:
         variable.value = value
@@ -148,20 +140,17 @@ def write(variable: Any, value: Any) -> None:
 
 def native(x: Any) -> Any:
     """Return the array in a variable or in an array of BrainPy, else `x` itself."""
-    if family(x):
+    if variable_type(x):
         return read(x)
-    return x.value if isinstance(x, _loaded("brainpy.math", "Array")) else x
+    return x.value if isinstance(x, if_loaded("brainpy.math", "Array")) else x
 
 
-def fitting(x: Any, like: Any, what: str) -> Any:
+def checked_like(x: Array | AnyVariable, like: Array, what: str) -> Array:
     """Return `x` as a JAX array; refuse another shape or dtype than that of `like`."""
     x = native(x)
     if not hasattr(x, "dtype"):
         x = jnp.asarray(x, like.dtype)
-    if tuple(x.shape) != tuple(like.shape):
-        raise ValueError(
-            f"{what} has the shape {tuple(x.shape)}, expected {tuple(like.shape)}"
-        )
+    check_shape(x, like, what, "the variable")
     if dtype_name(x) != dtype_name(like):
         raise TypeError(
             f"{what} has the dtype {dtype_name(x)}, expected {dtype_name(like)}: "
@@ -170,511 +159,19 @@ def fitting(x: Any, like: Any, what: str) -> Any:
     return x if isinstance(x, jax.Array) else jnp.array(x)
 
 
-def _loaded(module: str, name: str) -> tuple[type, ...]:
-    """Return the class of that name, if somebody has loaded its module."""
+def variable_types() -> tuple[type, ...]:
+    """Return the classes of variables that are loaded."""
+    flax = if_loaded("flax.nnx", "Variable")
+    return (Variable, *flax, *if_loaded("brainpy.math", "Variable"))
+
+
+def trainable_types() -> tuple[type, ...]:
+    """Return the classes of trainable variables that are loaded."""
+    flax = if_loaded("flax.nnx", "Param")
+    return (TrainVar, *flax, *if_loaded("brainpy.math", "TrainVar"))
+
+
+def if_loaded(module: str, name: str) -> tuple[type, ...]:
+    """Return the class of that name alone, or nothing if its module is not loaded."""
     found = getattr(sys.modules.get(module), name, None)
     return () if found is None else (found,)
-
-
-def _variable_kinds() -> tuple[type, ...]:
-    flax, brainpy = _loaded("flax.nnx", "Variable"), _loaded("brainpy.math", "Variable")
-    return (Variable, *flax, *brainpy)
-
-
-def _trainable_kinds() -> tuple[type, ...]:
-    flax, brainpy = _loaded("flax.nnx", "Param"), _loaded("brainpy.math", "TrainVar")
-    return (TrainVar, *flax, *brainpy)
-
-
-def _node_kinds() -> tuple[type, ...]:
-    return (Node, *_loaded("brainpy.math", "BrainPyObject"))
-
-
-class StateLoadResult(NamedTuple):
-    """What `Node.load_state_dict` could not match."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-class Node:
-    """An object of a unique name that holds variables and other such objects.
-
-    Its variables and nodes are its attributes of those kinds, and those registered as
-    implicit. Objects of BrainPy are nodes too. A node and all that it holds is a
-    pytree.
-    """
-
-    implicit_vars: dict[str, Any]
-    implicit_nodes: dict[str, Any]
-    _name: str
-
-    def __init__(self) -> None:
-        """Hold nothing yet. A subclass sets `name` when nothing else can fail."""
-        self.implicit_vars = {}
-        self.implicit_nodes = {}
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Make every subclass a pytree."""
-        super().__init_subclass__(**kwargs)
-        register_pytree_node_class(cls)
-
-    @property
-    def name(self) -> str:
-        """The name: of no other node. Set to None, it becomes an unused one."""
-        return self._name
-
-    @name.setter
-    def name(self, name: str | None) -> None:
-        name = self.unique_name(name)
-        if _owners.get(getattr(self, "_name", "")) is self:
-            del _owners[self._name]
-        self._name = name
-        _owners[name] = self
-
-    def unique_name(self, name: str | None = None, type_: str | None = None) -> str:
-        """Return an unused name, or `name` if this node may bear it.
-
-        Parameters
-        ----------
-        name : str, optional
-            The wanted name, a Python identifier.
-        type_ : str, optional
-            What an unused name begins with; by default the name of the class.
-
-        Raises
-        ------
-        ValueError
-            Another living node bears the name, or it is no identifier.
-        """
-        if name is None:
-            kind = type_ or type(self).__name__
-            names = (f"{kind}{number}" for number in _numbers[kind])
-            return next(name for name in names if name not in _owners)
-        if not name.isidentifier():
-            raise ValueError(f"name must be a Python identifier, got {name!r}")
-        if _owners.get(name, self) is not self:
-            raise ValueError(
-                f"the name {name!r} is taken by another {type(_owners[name]).__name__}:"
-                " choose another, or leave it out to get an unused one"
-            )
-        return name
-
-    def nodes(
-        self, method: str = "absolute", level: int = -1, include_self: bool = True
-    ) -> dict[str, Any]:
-        """Collect this node and those below it.
-
-        Parameters
-        ----------
-        method : {"absolute", "relative"}
-            Key them by their names, or by their paths from here; that of this node is
-            empty.
-        level : int, default=-1
-            How many levels to go down; below 0, all.
-        include_self : bool, default=True
-            Whether this node is among them.
-
-        Returns
-        -------
-        dict of str to node
-        """
-        return _unique(
-            (node.name if method == "absolute" else path, node)
-            for path, node in self._walk(method, level, include_self)
-        )
-
-    def _walk(
-        self, method: str, level: int, include_self: bool
-    ) -> list[tuple[str, Any]]:
-        """Return the paths and nodes from here, after checking `method`."""
-        if method not in ("absolute", "relative"):
-            raise ValueError(f"method must be 'absolute' or 'relative', got {method!r}")
-        found: list[tuple[str, Any]] = [("", self)] if include_self else []
-        queue, seen = deque([("", self, 0)]), set()
-        while queue:
-            path, node, depth = queue.popleft()
-            if 0 <= level <= depth:
-                break
-            for key, child in _children(node).items():
-                if (id(node), id(child)) not in seen:
-                    seen.add((id(node), id(child)))
-                    where = _joined(path, key)
-                    found.append((where, child))
-                    queue.append((where, child, depth + 1))
-        return found
-
-    def vars(
-        self,
-        method: str = "absolute",
-        level: int = -1,
-        include_self: bool = True,
-        exclude_types: tuple[type, ...] | None = None,
-    ) -> dict[str, Any]:
-        """Collect the variables of this node and of those below it.
-
-        Parameters
-        ----------
-        method, level, include_self
-            Which nodes, and how they are keyed, see `nodes`. A variable's key is its
-            node's, a dot, and its own name.
-        exclude_types : tuple of type, optional
-            Variables of these classes are left out.
-
-        Returns
-        -------
-        dict of str to variable
-        """
-        return _unique(
-            (_joined(node.name if method == "absolute" else path, key), variable)
-            for path, node in self._walk(method, level, include_self)
-            for key, variable in _variables(node).items()
-            if not isinstance(variable, exclude_types or ())
-        )
-
-    def train_vars(
-        self, method: str = "absolute", level: int = -1, include_self: bool = True
-    ) -> dict[str, Any]:
-        """Collect the trainable variables of this node and of those below it.
-
-        Parameters
-        ----------
-        method, level, include_self
-            See `vars`.
-
-        Returns
-        -------
-        dict of str to TrainVar, flax.nnx.Param or brainpy.math.TrainVar
-        """
-        found, kinds = self.vars(method, level, include_self), _trainable_kinds()
-        return {key: x for key, x in found.items() if isinstance(x, kinds)}
-
-    def register_implicit_vars(
-        self, *variables: Any, var_cls: Any = None, **named_variables: Any
-    ) -> None:
-        """Hold variables that are no attributes.
-
-        Parameters
-        ----------
-        *variables : variable, or list, tuple or dict of variables
-            Those without a name are called ``var0``, ``var1`` and so on.
-        var_cls : type or tuple of type, optional
-            What they must be instances of; by default variables of any family.
-        **named_variables : variable
-            More of them.
-
-        Raises
-        ------
-        TypeError
-            One of them is no variable. None is registered then.
-        ValueError
-            The name of one is that of another variable. None is registered then.
-        """
-        held = self.implicit_vars
-        pairs = _pairs(variables, named_variables, var_cls or _variable_kinds())
-        named = [(key or f"var{i}", x) for i, (key, x) in enumerate(pairs, len(held))]
-        held.update(_unique([*held.items(), *named]))
-
-    def register_implicit_nodes(
-        self, *nodes: Any, node_cls: Any = None, **named_nodes: Any
-    ) -> None:
-        """Hold nodes that are no attributes.
-
-        Parameters
-        ----------
-        *nodes : node, or list, tuple or dict of nodes
-            Those that come without a key are keyed by their names.
-        node_cls : type or tuple of type, optional
-            What they must be instances of; by default nodes of ours or of BrainPy.
-        **named_nodes : node
-            More of them.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `register_implicit_vars` does.
-        """
-        held = self.implicit_nodes
-        pairs = _pairs(nodes, named_nodes, node_cls or _node_kinds())
-        named = [(key or node.name, node) for key, node in pairs]
-        held.update(_unique([*held.items(), *named]))
-
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Return the arrays of all variables, by node.
-
-        Returns
-        -------
-        dict of str to dict of str to array
-            ``{node name: {absolute name of the variable: array}}``, as BrainPy has it.
-        """
-        return {
-            node.name: {
-                _joined(node.name, key): read(variable)
-                for key, variable in _variables(node).items()
-            }
-            for _, node in self._walk("absolute", -1, True)
-        }
-
-    def load_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        warn: bool = True,
-        compatible: str = "v2",
-    ) -> StateLoadResult:
-        """Set the variables to what `state_dict` returned.
-
-        Parameters
-        ----------
-        state_dict : mapping
-            The arrays are found by the names of the nodes: give the node that is to
-            continue the ``name`` of the one that was saved.
-        warn : bool, default=True
-            Whether to warn of missing and unexpected keys.
-        compatible : {"v2", "v1"}
-            "v1" is the flat form, ``{absolute name of the variable: array}``.
-
-        Returns
-        -------
-        StateLoadResult
-            The names of the variables that `state_dict` did not hold, which keep their
-            values, and those that it held in vain.
-
-        Raises
-        ------
-        ValueError, TypeError
-            An array does not fit. Nothing is set then.
-        """
-        flat = _flattened(state_dict, compatible)
-        own = self.vars()
-        result = StateLoadResult(
-            [key for key in own if key not in flat],
-            [key for key in flat if key not in own],
-        )
-        pairs = {key: (own[key], flat[key]) for key in own if key in flat}
-        _assign(pairs, "state_dict: ")
-        for fault, keys in zip(("misses", "has unexpected"), result, strict=True):
-            if warn and keys:
-                warnings.warn(f"state_dict {fault} {_listed(keys)}", stacklevel=2)
-        return result
-
-    def save_states(
-        self,
-        filename: str | PathLike[str],
-        variables: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Write variables to a safetensors file, all of them or none.
-
-        Parameters
-        ----------
-        filename : path
-            Its folder must exist.
-        variables : mapping of str to variable or array, optional
-            What to write; by default ``vars("relative")``, whose keys do not depend on
-            this node's name. `load_states` reads ``train_vars("relative")`` as well.
-
-        Raises
-        ------
-        OSError
-            The file cannot be written.
-        """
-        if variables is None:
-            variables = self.vars("relative")
-        files.save({key: native(x) for key, x in variables.items()}, filename)
-
-    def load_states(self, filename: str | PathLike[str], verbose: bool = False) -> None:
-        """Set the variables to what `save_states` wrote.
-
-        Parameters
-        ----------
-        filename : path
-            It must hold all of ``vars("relative")``, and may hold variables of
-            ``train_vars("relative")``.
-        verbose : bool, default=False
-            Whether to print a line for each variable.
-
-        Raises
-        ------
-        ValueError, TypeError
-            The file is torn or of another kind, misses a variable, holds one that is
-            unknown, or one of another shape or dtype. Nothing is set then.
-        OSError
-            It cannot be read.
-        """
-        tensors = files.load(filename)
-        own = self.vars("relative")
-        known = {**self.train_vars("relative"), **own}
-        for fault, keys in (
-            ("misses", [key for key in own if key not in tensors]),
-            ("has the unknown", [key for key in tensors if key not in known]),
-        ):
-            if keys:
-                raise ValueError(
-                    f"{filename} does not fit {self.name}, it {fault} {_listed(keys)}: "
-                    "load the file that an object of the same variables has saved"
-                )
-        _assign({key: (known[key], x) for key, x in tensors.items()}, f"{filename}: ")
-        if verbose:
-            for key, x in tensors.items():
-                print(f"loaded {key}: {x.dtype} {x.shape}")
-
-    def to(self, device: Any) -> Self:
-        """Move all variables, those of `train_vars` too, to a device.
-
-        Parameters
-        ----------
-        device : jax.Device or str
-            A device, or a platform for its first device: "cpu", "gpu", "tpu".
-
-        Returns
-        -------
-        Node
-            Itself.
-
-        Raises
-        ------
-        RuntimeError
-            There is no such device. Nothing is moved then.
-        """
-        device = _device(device)
-        found = [*self.vars().values(), *self.train_vars().values()]
-        variables = {id(variable): variable for variable in found}.values()
-        moved = [jax.device_put(read(variable), device) for variable in variables]
-        for variable, value in zip(variables, moved, strict=True):
-            write(variable, value)
-        return self
-
-    def cpu(self) -> Self:
-        """Move all variables to the CPU, see `to`."""
-        return self.to("cpu")
-
-    def cuda(self) -> Self:
-        """Move all variables to the first GPU, see `to`."""
-        return self.to("gpu")
-
-    def tpu(self) -> Self:
-        """Move all variables to the first TPU, see `to`."""
-        return self.to("tpu")
-
-    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
-        """Return what JAX may trace, and the rest.
-
-        Returns
-        -------
-        dynamic_values : tuple
-            The attributes that are arrays, variables or other pytrees.
-        aux : tuple
-            The names of those, and the names and values of all others.
-        """
-        own = self.__dict__
-        dynamic = {key: x for key, x in own.items() if _is_dynamic(x)}
-        static = tuple((key, x) for key, x in own.items() if key not in dynamic)
-        return tuple(dynamic.values()), (tuple(dynamic), static)
-
-    @classmethod
-    def tree_unflatten(cls, aux: Any, dynamic_values: Iterable[Any]) -> Self:
-        """Rebuild the object from what `tree_flatten` returned, under the same name."""
-        names, static = aux
-        self = object.__new__(cls)
-        self.__dict__.update(zip(names, dynamic_values, strict=True))
-        self.__dict__.update(static)
-        return self
-
-
-def _is_dynamic(x: Any) -> bool:
-    return isinstance(x, jax.Array) or not jax.tree_util.all_leaves([x])
-
-
-def _children(node: Any) -> dict[str, Any]:
-    """Return the nodes directly below one of ours or of BrainPy."""
-    if not isinstance(node, Node):
-        return node.nodes("relative", 1, False)
-    own = [(key, x) for key, x in node.__dict__.items() if isinstance(x, _node_kinds())]
-    return _unique([*own, *node.implicit_nodes.items()])
-
-
-def _variables(node: Any) -> dict[str, Any]:
-    """Return the variables that one node of ours or of BrainPy holds itself."""
-    if not isinstance(node, Node):
-        found = node.vars("relative", 0)
-        return {key.removeprefix("."): x for key, x in found.items()}
-    own = [(key, x) for key, x in node.__dict__.items() if family(x)]
-    return _unique([*own, *node.implicit_vars.items()])
-
-
-def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dictionary, but refuse a key that stands for two things."""
-    found: dict[str, Any] = {}
-    for key, x in pairs:
-        if found.setdefault(key, x) is not x:
-            raise ValueError(
-                f"{key!r} is the name of more than one {type(x).__name__}: rename one"
-            )
-    return found
-
-
-def _pairs(given: Iterable[Any], named: dict[str, Any], kinds: Any) -> list[Any]:
-    """List ``(key or None, x)`` for all that was given, singly or in containers."""
-    pairs: list[tuple[str | None, Any]] = []
-    for item in (*given, named):
-        if isinstance(item, dict):
-            pairs += item.items()
-        else:
-            items = item if isinstance(item, (list, tuple)) else [item]
-            pairs += [(None, x) for x in items]
-    for key, x in pairs:
-        if not isinstance(x, kinds):
-            raise TypeError(
-                f"{key or 'one'} of what shall be registered is a {type(x).__name__}, "
-                f"expected {kinds}"
-            )
-    return pairs
-
-
-def _flattened(state_dict: Mapping[str, Any], compatible: str) -> dict[str, Any]:
-    """Return ``{absolute name: array}`` for a state_dict of either version."""
-    if compatible not in ("v1", "v2"):
-        raise ValueError(f"compatible must be 'v2' or 'v1', got {compatible!r}")
-    if compatible == "v1":
-        return dict(state_dict)
-    for node, arrays in state_dict.items():
-        if not isinstance(arrays, Mapping):
-            raise TypeError(
-                f"state_dict[{node!r}] is a {type(arrays).__name__}, expected the "
-                "arrays of one node by name: pass compatible='v1' for a flat one"
-            )
-    return {key: x for arrays in state_dict.values() for key, x in arrays.items()}
-
-
-def _assign(pairs: Mapping[str, tuple[Any, Any]], where: str) -> None:
-    """Set each variable to its array, after all were found to fit."""
-    fitted = [
-        (variable, fitting(x, read(variable), f"{where}{key!r}"))
-        for key, (variable, x) in pairs.items()
-    ]
-    for variable, x in fitted:
-        write(variable, x)
-
-
-def _device(device: Any) -> Any:
-    if isinstance(device, jax.Device):
-        return device
-    if not isinstance(device, str):
-        raise TypeError(
-            f"device must be a jax.Device or the name of a platform, got {device!r}"
-        )
-    try:
-        return jax.devices(device)[0]
-    except RuntimeError as why:
-        seen = sorted({found.platform for found in jax.devices()} | {"cpu"})
-        raise RuntimeError(
-            f"there is no {device!r} device, JAX sees {_listed(seen)}: move to one of "
-            "those, or install JAX for it"
-        ) from why
-
-
-def _joined(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))

@@ -18,6 +18,7 @@ import numpy as np
 
 from larskit.arrays import Scalar
 from larskit.config import Config, check_lr
+from larskit.names import check_same, listed
 from larskit.state.files import atomic, deserialize, serialize
 
 FORMAT = 1
@@ -64,7 +65,7 @@ class PortableState:
                 raise ValueError(f"layer {name!r} must be a mapping, got {layer!r}")
         for kind, arrays in self._arrays().items():
             if strange := [name for name in arrays if name not in self.layers]:
-                raise ValueError(f"{kind} has {_listed(strange)}, which is no layer")
+                raise ValueError(f"{kind} has {listed(strange)}, which is no layer")
 
     def _arrays(self) -> dict[str, Mapping[str, np.ndarray]]:
         return {"momentum": self.momentum, "master": self.master}
@@ -121,15 +122,8 @@ class PortableState:
             It does not fit, and why.
         """
         own = {saved: name for name, saved in _mapped(layers, names).items()}
-        for fault, wrong in (
-            ("misses", [saved for saved in own if saved not in self.layers]),
-            ("has the extra", [saved for saved in self.layers if saved not in own]),
-        ):
-            if wrong:
-                raise ValueError(
-                    f"the saved state {fault} {_listed(wrong)}, expected the layers of "
-                    "the optimizer: pass names= if they bear other names"
-                )
+        remedy = "expected the layers of the optimizer: pass names= to rename them"
+        check_same("the saved state", self.layers, own, remedy)
         found = self.renamed(own)
         for name, layer in layers.items():
             _check_agreement(name, found.layers[name], layer, convert)
@@ -138,7 +132,7 @@ class PortableState:
                 _check_alike(f"the saved {kind} of {name!r}", x, weights[name])
         if strange := [name for name in found.master if name not in masters]:
             raise ValueError(
-                f"the saved state has master weights of {_listed(strange)}, which the "
+                f"the saved state has master weights of {listed(strange)}, which the "
                 "optimizer cannot take: load dataclasses.replace(state, master={}) and "
                 "put them into the weights yourself"
             )
@@ -476,7 +470,7 @@ def _mapped(own: Iterable[str], names: Names) -> dict[str, str]:
     """Return the new name of each layer, all different."""
     if isinstance(names, Mapping):
         if missing := [name for name in own if name not in names]:
-            raise ValueError(f"names has nothing for {_listed(missing)}: add it")
+            raise ValueError(f"names has nothing for {listed(missing)}: add it")
         new = {name: names[name] for name in own}
     else:
         new = {name: names(name) if names else name for name in own}
@@ -485,7 +479,7 @@ def _mapped(own: Iterable[str], names: Names) -> dict[str, str]:
             raise TypeError(f"names makes {other!r} of {name!r}, expected a string")
     if twice := [name for name, n in Counter(new.values()).items() if n > 1]:
         raise ValueError(
-            f"names makes {_listed(twice)} of more than one layer: give each its own"
+            f"names makes {listed(twice)} of more than one layer: give each its own"
         )
     return new
 
@@ -541,9 +535,3 @@ def _placed(
         )
     v = v.astype(np.result_type(v, np.float64))
     return v * lr if own["lr_placement"] == "inside" else v / lr
-
-
-def _listed(names: Collection[str]) -> str:
-    """List some names; the first few of many."""
-    shown = ", ".join(map(repr, [*names][:8]))
-    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"

@@ -1,32 +1,13 @@
-"""The optimizer of Keras 3, on its JAX, PyTorch and TensorFlow backends: `LARS`."""
+"""LARS as a `keras.optimizers.Optimizer`."""
 
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
-import numpy as np
-
-try:
-    import keras
-except ModuleNotFoundError as why:
-    if why.name != "keras":  # Keras is there, but not the backend it was told to use
-        raise
-    raise ImportError(
-        "larskit.keras needs Keras: pip install 'larskit[keras]'"
-    ) from why
-
-from keras import ops
+import keras
 
 from larskit import rule
-from larskit.arrays import (
-    cast,
-    check_floating,
-    dtype_name,
-    is_array,
-    namespace,
-    stop_gradient,
-    widen,
-)
+from larskit.arrays import cast, check_floating, dtype_name, widen
 from larskit.config import (
     NAMES,
     Config,
@@ -35,6 +16,8 @@ from larskit.config import (
     check_lr,
     is_number,
 )
+from larskit.keras import portable
+from larskit.keras.variables import dense, path_of, tensor
 from larskit.rule import at_step
 from larskit.select import Selection, check_matched, select
 from larskit.state import Names, PortableState
@@ -196,7 +179,7 @@ class LARS(keras.optimizers.Optimizer):
                 f"var_names is the string {var_names!r}, expected a list of strings: "
                 f"pass [{var_names!r}]"
             )
-        exact = [rf"^{re.escape(_path(variable))}$" for variable in var_list or ()]
+        exact = [rf"^{re.escape(path_of(variable))}$" for variable in var_list or ()]
         return [re.compile(found).pattern for found in (*exact, *(var_names or ()))]
 
     def build(self, variables: Sequence[Any]) -> None:
@@ -216,7 +199,7 @@ class LARS(keras.optimizers.Optimizer):
         if self.built:
             return
         for variable in variables:
-            check_floating(_tensor(variable), _path(variable))
+            check_floating(tensor(variable), path_of(variable))
         chosen = self._choose(variables)
         super().build(variables)
         self._chosen, self._chosen_by = chosen, self._choice()
@@ -232,7 +215,7 @@ class LARS(keras.optimizers.Optimizer):
         For the variables of a loaded model that has been found out before it was saved:
         it could not be now, since loading takes the model's name off some paths.
         """
-        paths = [_path(variable) for variable in variables]
+        paths = [path_of(variable) for variable in variables]
         former = [path for path, *_ in self._chosen]
         if self._chosen_by == self._choice() and _end_alike(paths, former):
             return self._chosen
@@ -240,7 +223,7 @@ class LARS(keras.optimizers.Optimizer):
         return [list(row) for row in zip(paths, adapt, decay, strict=True)]
 
     def _selected(self, what: str, variables: Sequence[Any]) -> Sequence[bool]:
-        selection, paths = getattr(self, what), [_path(x) for x in variables]
+        selection, paths = getattr(self, what), [path_of(x) for x in variables]
         chosen = select(selection, paths, variables, what)
         check_matched(selection, chosen, what)
         excluded = getattr(self, f"_excluded_{what}")
@@ -268,16 +251,16 @@ class LARS(keras.optimizers.Optimizer):
         trainable_variables : sequence of variable, optional
             By default those that the optimizer was built for.
         """
-        dense = [None if g is None else _dense(g) for g in grads]
-        super().apply(dense, trainable_variables)
+        full = [None if g is None else dense(g) for g in grads]
+        super().apply(full, trainable_variables)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Move one variable; `apply` calls this."""
         index = self._get_variable_index(variable)
         buffer = self.momentums[index]
-        w, v, lr = map(_tensor, (variable, buffer, learning_rate))
-        g = cast(_tensor(gradient), dtype_name(widen(w)))
-        config = at_step(self._config(index), _tensor(self.iterations))
+        w, v, lr = map(tensor, (variable, buffer, learning_rate))
+        g = cast(tensor(gradient), dtype_name(widen(w)))
+        config = at_step(self._config(index), tensor(self.iterations))
         new_w, new_v, _ = rule.step(w, g, v, lr, config)
         self.assign(variable, new_w)
         self.assign(buffer, new_v)
@@ -359,16 +342,7 @@ class LARS(keras.optimizers.Optimizer):
             The optimizer is not built, gradients are being accumulated, or two
             variables have one path.
         """
-        step, rest = divmod(int(self._iterations), self._steps_each)
-        if rest:
-            raise ValueError(
-                f"{rest} of {self._steps_each} gradients are accumulated, and they are "
-                "not part of a portable state: save after the step"
-            )
-        variables, layers = self._described(self._rate(step))
-        kept = variables.items() if step else ()  # a first step has no buffers
-        momentum = {path: _numpy(buffer) for path, (_, buffer) in kept}
-        return PortableState(step, layers, momentum)
+        return portable.portable_state(self)
 
     def load_portable_state(
         self, state: PortableState, *, names: Names = None, convert: bool = False
@@ -388,82 +362,7 @@ class LARS(keras.optimizers.Optimizer):
             It does not fit, does not say how many steps were taken, or the optimizer is
             not built. Nothing is set then.
         """
-        variables, layers = self._described(None)
-        weights = {path: variable for path, (variable, _) in variables.items()}
-        found = state.fitted(layers, weights, names=names, convert=convert)
-        step = found.counted_by("the optimizer", one_for_all=True)
-        rate = self._resumed_rate(found)
-        found = found.converted({key: {**x, "lr": rate} for key, x in layers.items()})
-        for path, (_, buffer) in variables.items():
-            _assign(buffer, found.momentum.get(path, np.zeros(buffer.shape)))
-        self._iterations.assign(step * self._steps_each)
-        if self._has_constant_rate:
-            self.learning_rate = rate
-        if self.gradient_accumulation_steps:
-            self._backend_reset_gradient_accumulators()
-        if self.use_ema:
-            self._overwrite_averages()
-
-    @property
-    def _steps_each(self) -> int:
-        """How many calls of `apply` make one step."""
-        return self.gradient_accumulation_steps or 1
-
-    @property
-    def _has_constant_rate(self) -> bool:
-        return isinstance(self._learning_rate, keras.Variable)
-
-    def _rate(self, step: int) -> float:
-        """Return the learning rate of the next step, after `step` of them."""
-        rate: Any = self._learning_rate
-        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-            rate = rate((step + 1) * self._steps_each - 1)
-        else:
-            rate = self.learning_rate
-        return float(_numpy(rate))
-
-    def _resumed_rate(self, state: PortableState) -> float:
-        """Return the rate of the next step: the saved one, or that of a schedule."""
-        own = self._rate(state.step or 0)
-        return state.resumed_lr(state.layers, own) if self._has_constant_rate else own
-
-    def _described(self, rate: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return each (variable, buffer) and its hyper-parameters, by path."""
-        if not self.built:
-            raise ValueError(
-                f"{self.name!r} has no state yet: call build(model.trainable_variables)"
-            )
-        variables, layers = {}, {}
-        pairs = zip(self._trainable_variables, self.momentums, strict=True)
-        for index, (variable, buffer) in enumerate(pairs):
-            path = _path(variable)
-            if buffer is None:  # Keras writes the gradient into it: scales of float8
-                continue
-            if path in variables:
-                raise ValueError(
-                    f"two variables have the path {path!r}, so that a file cannot tell "
-                    "them apart: give their layers names of their own"
-                )
-            variables[path] = variable, buffer
-            layers[path] = hyperparameters(rate, self._config(index))
-        return variables, layers
-
-    def _overwrite_averages(self) -> None:
-        averages = self._model_variables_moving_average
-        for variable, average in zip(self._trainable_variables, averages, strict=True):
-            if average is not None:
-                self.assign(average, ops.copy(variable))  # JAX donates none twice
-
-
-def _path(variable: Any) -> str:
-    """Return the path of a variable; a TensorFlow variable has but a name."""
-    path = getattr(variable, "path", None) or getattr(variable, "name", None)
-    if path is None:
-        raise TypeError(
-            f"{variable!r} is a {type(variable).__name__}, expected a variable: pass "
-            "names in var_names"
-        )
-    return path
+        portable.load_portable_state(self, state, names=names, convert=convert)
 
 
 def _end_alike(paths: list[str], others: list[str]) -> bool:
@@ -471,29 +370,6 @@ def _end_alike(paths: list[str], others: list[str]) -> bool:
     pairs = zip((f"/{x}" for x in paths), (f"/{x}" for x in others), strict=False)
     alike = (a.endswith(b) or b.endswith(a) for a, b in pairs)
     return len(paths) == len(others) and all(alike)
-
-
-def _tensor(x: Any) -> Any:
-    """Return the backend's own tensor, cut off from what it was computed from."""
-    return stop_gradient(ops.convert_to_tensor(x))
-
-
-def _dense(gradient: Any) -> Any:
-    """Return a gradient with all its elements: those of embeddings can be sparse."""
-    gradient = ops.convert_to_tensor(gradient, sparse=False)
-    if is_array(gradient):
-        return gradient
-    return namespace(gradient).asarray(gradient)  # tf.IndexedSlices
-
-
-def _numpy(variable: Any) -> np.ndarray:
-    """Copy a variable or tensor to NumPy, in its dtype."""
-    return np.array(ops.convert_to_numpy(_tensor(variable)))
-
-
-def _assign(variable: Any, x: np.ndarray) -> None:
-    exact = x.astype(np.result_type(x, np.float32))  # TensorFlow casts only its own
-    variable.assign(ops.cast(ops.convert_to_tensor(exact), variable.dtype))
 
 
 def _saved(selection: Any, what: str) -> Any:
