@@ -1,7 +1,7 @@
-"""GradientLARS: gradients rescaled layer by layer, in front of any optimizer.
+"""GradientLARS: gradients scaled layer by layer, before any optimizer.
 
-Chainer calls the hook once per parameter; `GradientLARS.attach` puts it before the
-step of a PyTorch optimizer, `GradientLARS.transform` into a chain of optax.
+Chainer calls the hook once for each parameter. `GradientLARS.attach` runs it in each
+step of a PyTorch optimizer, `GradientLARS.transform` in a chain of optax.
 """
 
 import sys
@@ -19,39 +19,40 @@ if TYPE_CHECKING:
 
 
 class GradientLARS:
-    """Rescale each layer's gradient to the length of its weights.
+    """Scale the gradient of each layer to the norm of its weights.
 
     The gradient g of the weights w becomes ``r*(g + wd*w)`` with
     ``r = |w| / (|g| + wd*|w| + eps)``, and r = 1 where ``|w| <= threshold``. There is
-    no trust coefficient: it is part of the learning rate of the optimizer behind.
+    no trust coefficient: it is part of the learning rate of the optimizer.
 
-    It takes the place of ``chainer.optimizer_hooks.GradientLARS``, whose arguments,
-    attributes and numbers it has.
+    It replaces ``chainer.optimizer_hooks.GradientLARS``, with the same arguments,
+    attributes and results.
 
     Parameters
     ----------
     threshold : float, default=1e-2
-        At least 0; a layer no longer than this keeps its gradient, decay added.
+        At least 0. A layer whose weight norm is at most this is not scaled; the decay
+        is still added to its gradient.
     weight_decay : float, default=0.0
-        wd, at least 0. It is rescaled together with the gradient.
+        wd, at least 0. The decay is scaled together with the gradient.
     eps : float, default=1e-9
-        At least 0; keeps the denominator from 0.
+        At least 0. It keeps the denominator above 0.
 
     Attributes
     ----------
     threshold, weight_decay, eps : float
-        As given. They may be changed, and count from the next call.
+        As given. A change takes effect in the next call.
     name, timing, call_for_each_param
-        What Chainer's ``add_hook`` asks for: ``"GradientLARS"``, ``"pre"``, True.
+        What Chainer's ``add_hook`` reads: ``"GradientLARS"``, ``"pre"``, True.
 
     Notes
     -----
-    An optimizer's own weight decay comes after the hook, so it is not rescaled: SGD and
-    Adam add it to the rescaled gradient, AdamW takes it from the weights. Where both
-    are given, both are applied; one of them is usually enough.
+    An optimizer's own weight decay comes after the hook and is not scaled: SGD and
+    Adam add it to the scaled gradient, AdamW subtracts it from the weights. If both are
+    given, both are applied; one of them is usually enough.
 
-    A gradient of zeros is no special case, as in Chainer: with a decay, such a layer
-    decays by ``r*wd*w``, which is about w itself.
+    As in Chainer, a gradient of zeros is no special case. With a weight decay, such a
+    layer decays by ``r*wd*w``, which is about w itself.
 
     References
     ----------
@@ -113,20 +114,20 @@ class GradientLARS:
         return {name: x for name, x in vars(self).items() if name != "_cache"}
 
     def __call__(self, rule: Any, param: Any) -> None:
-        """Rescale the gradient of one parameter in place.
+        """Scale the gradient of one parameter in place.
 
         Parameters
         ----------
         rule : object
-            Chainer's update rule; not looked at.
+            Chainer's update rule, which is not used.
         param : object with ``array`` or ``data``, and ``grad``
-            Two arrays of one shape and framework. Where one is None, nothing happens.
-            If they are sharded (DTensor), every process must call.
+            Two arrays of one shape and framework. If one is None, nothing happens. If
+            they are sharded (DTensor), every process must call.
 
         Raises
         ------
         TypeError, ValueError
-            Before anything is written, where the arrays cannot be rescaled.
+            The arrays cannot be scaled. Nothing has been written.
         """
         w = param.array if hasattr(param, "array") else param.data
         if w is None or (g := param.grad) is None:
@@ -163,47 +164,49 @@ class GradientLARS:
         group.scale_gradients(config, (w_norms, q))
 
     def attach(self, optimizer: Any) -> "Attachment":
-        """Rescale the gradients of a PyTorch optimizer while it steps.
+        """Scale the gradients of a PyTorch optimizer while it steps.
 
-        During ``optimizer.step()`` each ``p.grad`` is the rescaled gradient, in a
-        tensor of its own; afterwards it is the same tensor as before, untouched, also
-        when the step or its closure raises. A gradient that the step sets to None
-        stays None.
+        During ``optimizer.step()`` each ``p.grad`` is the scaled gradient. Afterwards
+        it is the original tensor again, bitwise unchanged, also when the step or its
+        closure raises. A gradient that the step sets to None stays None.
 
         Parameters
         ----------
         optimizer : torch.optim.Optimizer
-            Any, with any parameter groups; more groups may follow. A closure's
-            gradients are rescaled after it ran, and put back before it runs again.
+            Any optimizer, with any parameter groups; groups may be added later. If a
+            step gets a closure, its gradients are scaled after each call of it.
 
         Returns
         -------
         Attachment
-            Its ``remove()``, or the end of a ``with`` block, takes the hook off.
+            Its ``remove()``, or the end of a ``with`` block, removes the hook.
 
         Raises
         ------
         TypeError
-            If `optimizer` is of another kind, or holds a parameter of FSDP1 or a
-            DTensor that is a sum not complete; from ``step()``, if a gradient is
-            sparse, or not on the mesh of its parameter. Nothing has changed then.
+            `optimizer` is no torch optimizer, or has a parameter of FSDP1 or a Partial
+            DTensor. From ``step()``: a gradient is sparse, or not on the mesh of its
+            parameter. Nothing has changed then.
         ValueError
-            If the optimizer is differentiable.
+            The optimizer was made with ``differentiable=True``.
 
         Notes
         -----
-        The step pre-hooks of the optimizer run first, whenever they were registered, on
-        the gradients as they are: what they change in place (clipping, averaging over
-        processes) stays, and is what gets rescaled. Post-hooks see the rescaled ones.
-        Of several attached hooks the last one acts first.
+        The optimizer's own step pre-hooks run first, on the original gradients, no
+        matter when they were registered. What they change in place (clipping, averaging
+        over processes) is kept and is what gets scaled. Post-hooks see the scaled
+        gradients. Of several attached hooks, the last one scales first.
 
-        `torch.amp.GradScaler` needs nothing. Fused optimizers get gradients that are
-        still multiplied by the loss scale, and so does the result: the ratio does not
-        depend on it.
+        The scaled gradients are written into the same tensors in each step, which take
+        as much memory as the gradients. Clone one to keep it beyond the step.
 
-        Parameters may be sharded (DTensor): every process must step then, also one
-        without gradients, and they find the lengths of the whole layers in one
-        all-reduce. The inner optimizer sees DTensors, placed as the parameters are.
+        `torch.amp.GradScaler` works without changes. Fused optimizers receive gradients
+        that are still multiplied by the loss scale; the trust ratio does not depend on
+        it.
+
+        Parameters may be sharded (DTensor). Every process must then step, also one
+        without gradients: one all-reduce for each mesh computes the norms of the whole
+        layers. The optimizer sees DTensors with the placements of the parameters.
 
         Copies, pickles and the ``state_dict`` of the optimizer come without the hook.
         """
@@ -229,8 +232,8 @@ class GradientLARS:
         -------
         Transformation
             ``init(params)`` and ``update(updates, state, params)``, for
-            ``optax.chain(hook.transform(), optax.sgd(lr))``. It has no state. The
-            leaves of `updates` that are None stay None.
+            ``optax.chain(hook.transform(), optax.sgd(lr))``. It has no state. Leaves of
+            `updates` that are None stay None.
 
         Raises
         ------
@@ -250,7 +253,7 @@ class GradientLARS:
         def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
             if params is None:
                 raise ValueError(
-                    "params is None, expected the weights, whose lengths LARS needs: "
+                    "params is None, expected the weights, whose norms LARS needs: "
                     "call update(updates, state, params)"
                 )
             config = self.config()

@@ -1,4 +1,4 @@
-"""The lengths of layers inside `jax.shard_map`, where each device sees its own shard.
+"""The norms of layers inside `jax.shard_map`, where each device sees its own shard.
 
 Nothing of this is needed under `jax.jit` with sharded arrays: there the compiler adds
 the shards up.

@@ -106,35 +106,35 @@ class StepInBackward(Stepper):
 def step_in_backward(optimizer: torch.optim.Optimizer) -> StepInBackward:
     """Have each parameter step as soon as its gradient is ready, and free the gradient.
 
-    The gradients of a model then never exist all at once, and each is still in cache
-    when it is used. The results are those of an ordinary step, to the bit.
+    This frees each gradient as soon as it is used, while it is still in the cache. The
+    results are bitwise those of an ordinary step.
 
     Parameters
     ----------
     optimizer : LARS
-        With any groups; more may follow. Learning rates and other hyper-parameters
-        count as they are when the backward pass runs.
+        With any groups; groups may be added later. The hyper-parameters are read while
+        the backward pass runs.
 
     Returns
     -------
     StepInBackward
-        Its ``remove()``, or the end of a ``with`` block, takes it back.
+        Its ``remove()``, or the end of a ``with`` block, ends this.
 
     Raises
     ------
     TypeError
-        If it is another optimizer.
+        It is another optimizer.
     RuntimeError
-        If it steps in backward already, holds gradients, leaves steps out (see
-        `on_nonfinite`), or several processes train: a gradient would be used before
-        they have averaged it. From the backward pass, for a second gradient before
-        `LARS.step` (accumulation); from `LARS.step`, for a closure.
+        It steps in backward already, there are unused gradients, `on_nonfinite` may
+        skip steps, or several processes train: a gradient would be used before they
+        have averaged it. From the backward pass: a second gradient before `LARS.step`
+        (accumulation). From `LARS.step`: a closure.
 
     Notes
     -----
-    Call ``optimizer.step()`` after each backward pass as ever, before the scheduler's:
-    it ends the step. What looks at all gradients between backward and step has nothing
-    to look at: clipping them and `torch.amp.GradScaler` cannot be combined with this.
+    Call ``optimizer.step()`` after each backward pass, before that of the scheduler: it
+    ends the step. Gradient clipping and `torch.amp.GradScaler` cannot be combined with
+    this, because they read all gradients between the backward pass and the step.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""State dicts of other optimizers, and of either placement of the learning rate."""
+"""State dicts of other optimizers, and of the other placement of the learning rate."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from larskit.torch.options import PER_GROUP, PER_LAYER, SWITCHES
 
 # The buffer of MAE, MoCo v3, VISSL, Barlow Twins and VICReg.
 _BUFFER = "mu"
-# What timm, Barlow Twins and VICReg call the hyper-parameters, and what of theirs has
-# no counterpart: which layers are adapted and decayed is the optimizer's own matter.
+# Names of hyper-parameters in timm, Barlow Twins and VICReg, and options of theirs that
+# are dropped: which layers are adapted and decayed is decided by the optimizer.
 _SYNONYMS = {
     "trust_coeff": "trust_coefficient",
     "eta": "trust_coefficient",
@@ -29,19 +29,19 @@ def convert_state_dict(
 ) -> dict[str, Any]:
     """Convert the momentum buffers of a state dict to a placement of the learning rate.
 
-    With the rate inside a buffer is ``lr`` times what it is with the rate outside, at
-    the rate of its parameter group.
+    A buffer with the rate inside is ``lr`` times the buffer with the rate outside, with
+    the ``lr`` of its parameter group.
 
     Parameters
     ----------
     state_dict : dict
-        Of `LARS`, `torch.optim.SGD`, timm's Lars, MAE, Barlow Twins and others of their
-        kind: ``{"state": ..., "param_groups": ...}``. It is left alone.
+        Of `LARS`, `torch.optim.SGD`, timm's Lars, MAE, Barlow Twins and similar:
+        ``{"state": ..., "param_groups": ...}``. It is not changed.
     lr_placement : {"inside", "outside"}
-        That of the result, also written into its groups.
+        The placement of the result, which its groups state.
     source : {"inside", "outside"}, optional
-        That of `state_dict`. Default: what its groups say, else ``"outside"``, as in
-        all of those but `LARS`.
+        The placement in `state_dict`. Default: what its groups state, else
+        ``"outside"``, which all of the above but `LARS` use.
 
     Returns
     -------
@@ -51,7 +51,7 @@ def convert_state_dict(
     Raises
     ------
     ValueError
-        For another word, or where a buffer would have to be divided by a rate of 0.
+        The placement is unknown, or a buffer would be divided by a learning rate of 0.
 
     Examples
     --------
@@ -87,8 +87,8 @@ def _factor(lr: Any, lr_placement: LrPlacement) -> Any:
         return lr
     if lr == 0:
         raise ValueError(
-            "lr is 0 in a parameter group, so that nothing can be said of its buffers "
-            "with the rate outside: convert the state of an earlier or later step"
+            "lr is 0 in a parameter group, so its momentum buffers cannot be divided by "
+            "it: convert the state of an earlier or later step"
         )
     return 1 / lr
 
@@ -96,15 +96,15 @@ def _factor(lr: Any, lr_placement: LrPlacement) -> Any:
 def adapted(
     state_dict: dict[str, Any], own_groups: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return a state dict that says all a `LARS` with `own_groups` needs to know."""
+    """Return a state dict that has every option of a `LARS` with `own_groups`."""
     state, groups = _translated(state_dict)
-    for group, own in zip(groups, own_groups, strict=False):  # torch compares lengths
-        strange = "lr_placement" not in group and own["lr_placement"] == "inside"
-        if strange and any(_has_buffer(state, key) for key in group["params"]):
+    for group, own in zip(groups, own_groups, strict=False):  # torch compares the counts
+        unknown = "lr_placement" not in group and own["lr_placement"] == "inside"
+        if unknown and any(_has_buffer(state, key) for key in group["params"]):
             raise ValueError(
                 "the state dict does not say whether its momentum buffers contain the "
-                "learning rate, those of this optimizer do: load what larskit.torch."
-                "convert_state_dict(state_dict, 'inside') returns, or make the "
+                "learning rate, and those of this optimizer do: load the result of "
+                "larskit.torch.convert_state_dict(state_dict, 'inside'), or make the "
                 "optimizer with lr_placement='outside'"
             )
         group.update({name: own[name] for name in _OWN if name not in group})
@@ -112,7 +112,7 @@ def adapted(
 
 
 def _translated(state_dict: dict[str, Any]) -> tuple[dict[Any, Any], list[Any]]:
-    """Return copies of state and groups, in our own words."""
+    """Return copies of state and groups, with the option names of larskit."""
     state = {
         key: {MOMENTUM if name == _BUFFER else name: x for name, x in kept.items()}
         if isinstance(kept, dict)

@@ -20,19 +20,19 @@ def param_groups(
     Parameters
     ----------
     model : torch.nn.Module
-        Its parameters that require gradients are taken, each once.
+        Its parameters that require gradients, each once.
     weight_decay : float, optional
-        For the layers that are decayed; None leaves it to the optimizer.
+        Of the layers that are decayed; None: the default of the optimizer.
     adapt, decay : None, bool, pattern, sequence of patterns, or callable
         As in `LARS`.
     excluded_lr : float, optional
-        The learning rate of the layers that are not adapted. The rates of LARS, 1 to
-        30, are large for a bias.
+        The learning rate of the layers that are not adapted. The usual rates of LARS,
+        1 to 30, are too high for most biases.
 
     Returns
     -------
     list of dict
-        For `LARS`, with named parameters; at most four, none empty.
+        For `LARS`, with named parameters: at most four groups, none empty.
 
     Examples
     --------

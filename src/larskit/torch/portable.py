@@ -95,9 +95,10 @@ class _Layer(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That in which it is stepped, which its state has."""
-        wide = torch.float32 if self.group.get("master_weights") else self.weight.dtype
-        return torch.promote_types(self.weight.dtype, wide)
+        """The dtype of its state, in which it is stepped."""
+        own = self.weight.dtype
+        keeps_master = self.group.get("master_weights")
+        return torch.promote_types(own, torch.float32) if keeps_master else own
 
     @property
     def has_master(self) -> bool:
@@ -146,7 +147,7 @@ def _tensors(
 
 
 def _whole(x: Any) -> np.ndarray:
-    """Copy a tensor to NumPy, put together from all processes if it is sharded."""
+    """Copy a tensor to NumPy; a sharded one is gathered from all processes."""
     return to_numpy(x.full_tensor() if is_sharded(x) else x)
 
 
