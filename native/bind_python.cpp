@@ -106,44 +106,47 @@ struct Span {
   bool operator<(const Span &o) const { return first < o.first; }
 };
 
-// The layers of a group, which stay where they are; only their gradients move. `rescales`
+// The layers of a group, which stay where they are; only their gradients move. `scales`
 // where the results are gradients, not weights.
 class Group {
 public:
-  Group(const Addresses &weights, const Addresses &gradients, const Addresses &buffers,
-        const Addresses &results, const Addresses &new_buffers,
-        const std::vector<std::int64_t> &sizes, int bytes, int gradient_bytes,
-        bool rescales)
-      : gradient_bytes_(gradient_bytes), rescales_(rescales) {
+  Group(Dtype weight_dtype, Dtype gradient_dtype, const Addresses &weights,
+        const Addresses &gradients, const Addresses &buffers, const Addresses &results,
+        const Addresses &new_buffers, const std::vector<std::int64_t> &sizes,
+        const std::vector<bool> &adapt, const std::vector<bool> &decay, bool scales)
+      : gradient_bytes_(bytes(gradient_dtype)), scales_(scales),
+        batch_(weight_dtype, gradient_dtype,
+               layers(weights, gradients, buffers, results, new_buffers, sizes, adapt,
+                      decay)) {
+    const int width = bytes(weight_dtype);
     for (std::size_t i = 0; i < sizes.size(); ++i) {
-      layers_.push_back({pointer(weights[i]), pointer(gradients[i]), pointer(buffers[i]),
-                         pointer(results[i]), pointer(new_buffers[i]), sizes[i]});
-      write(results[i], sizes[i] * (rescales ? gradient_bytes : bytes));
-      write(new_buffers[i], sizes[i] * bytes);
+      write(results[i], sizes[i] * (scales ? gradient_bytes_ : width));
+      write(new_buffers[i], sizes[i] * width);
     }
     std::sort(written_.begin(), written_.end());
     for (std::size_t i = 1; i < written_.size(); ++i)
       collides_ |= written_[i - 1].last > written_[i].first;
     for (std::size_t i = 0; i < sizes.size(); ++i) {
-      const bool in_place = weights[i] == results[i] && !rescales;
-      collides_ |= !in_place && hit(weights[i], sizes[i] * bytes);
-      collides_ |= buffers[i] != new_buffers[i] && hit(buffers[i], sizes[i] * bytes);
+      const bool in_place = weights[i] == results[i] && !scales;
+      collides_ |= !in_place && hit(weights[i], sizes[i] * width);
+      collides_ |= buffers[i] != new_buffers[i] && hit(buffers[i], sizes[i] * width);
     }
   }
 
-  // Whether what is written lies over something else that is read or written.
+  // Whether what is written overlaps something else that is read or written. Threads
+  // would then read what others have written already.
   bool collides() const {
     bool found = collides_;
-    for (const Layer &layer : layers_) {
+    for (const Layer &layer : batch_.layers) {
       const auto gradient = reinterpret_cast<std::uintptr_t>(layer.gradient);
-      const bool in_place = layer.gradient == layer.result && rescales_;
+      const bool in_place = layer.gradient == layer.result && scales_;
       found |= !in_place && hit(gradient, layer.size * gradient_bytes_);
     }
     return found;
   }
 
-  // Keep what the arrays look like, for `aim`; false where this cannot be read.
-  bool remember(nb::capsule exchange, nb::list fixed, nb::list gradients) {
+  // Keep what the arrays look like, for `rebind`; false where this cannot be read.
+  bool snapshot(nb::capsule exchange, nb::list fixed, nb::list gradients) {
     exchange_ = static_cast<const Exchange *>(exchange.data());
     while (exchange_ && exchange_->major != 1)
       exchange_ = exchange_->older;
@@ -156,14 +159,15 @@ public:
     return true;
   }
 
-  // Take other gradients, as many; false if something does not look as it did, or moved.
-  bool aim(nb::list fixed, nb::list gradients) {
+  // Use other gradients, as many; false if an array looks otherwise than it did, or a
+  // fixed one is elsewhere.
+  bool rebind(nb::list fixed, nb::list gradients) {
     auto look = looks_.begin();
     for (nb::handle x : fixed)
       if (!look++->unmoved(*exchange_, x))
         return false;
     look = gradient_looks_.begin();
-    auto layer = layers_.begin();
+    auto layer = batch_.layers.begin();
     for (nb::handle x : gradients) {
       void *gradient;
       if (!look++->same(*exchange_, x, gradient))
@@ -173,23 +177,53 @@ public:
     return !collides();
   }
 
-  void step(const Options &options, std::uintptr_t lengths, int threads) {
-    run(larskit::step, options, lengths, threads);
-    for (Layer &layer : layers_)
+  // Use gradients that are laid out as the present ones.
+  void point(const Addresses &gradients) {
+    for (std::size_t i = 0; i < gradients.size(); ++i)
+      batch_.layers[i].gradient = pointer(gradients[i]);
+  }
+
+  void step(const Options &options, std::uintptr_t stats, int threads,
+            bool update_norms, bool result_norms) {
+    without_lock(
+        [&] { batch_.step(options, at(stats), threads, update_norms, result_norms); });
+    for (Layer &layer : batch_.layers)
       layer.buffer = layer.new_buffer;
   }
 
-  void rescale(const Options &options, std::uintptr_t lengths, int threads) {
-    run(larskit::rescale, options, lengths, threads);
+  void scale(const Options &options, std::uintptr_t stats, int threads) {
+    without_lock([&] { batch_.scale(options, at(stats), threads); });
   }
 
-  void measure(const Options &options, std::uintptr_t lengths, int threads) {
-    run(larskit::measure, options, lengths, threads);
+  void measure(const Options &options, std::uintptr_t stats, int threads) {
+    without_lock([&] { batch_.measure(options, at(stats), threads); });
   }
 
 private:
+  static std::vector<Layer> layers(const Addresses &weights, const Addresses &gradients,
+                                   const Addresses &buffers, const Addresses &results,
+                                   const Addresses &new_buffers,
+                                   const std::vector<std::int64_t> &sizes,
+                                   const std::vector<bool> &adapt,
+                                   const std::vector<bool> &decay) {
+    std::vector<Layer> found;
+    for (std::size_t i = 0; i < sizes.size(); ++i)
+      found.push_back({pointer(weights[i]), pointer(gradients[i]), pointer(buffers[i]),
+                       pointer(results[i]), pointer(new_buffers[i]), sizes[i], adapt[i],
+                       decay[i]});
+    return found;
+  }
+
+  static int bytes(Dtype dtype) {
+    return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+  }
+
   static void *pointer(std::uintptr_t address) {
     return reinterpret_cast<void *>(address);
+  }
+
+  static Stats *at(std::uintptr_t address) {
+    return static_cast<Stats *>(pointer(address));
   }
 
   void write(std::uintptr_t first, std::int64_t bytes) {
@@ -203,16 +237,10 @@ private:
     return first && bytes && after != written_.begin() && std::prev(after)->last > first;
   }
 
-  template <class F>
-  void run(F f, const Options &options, std::uintptr_t lengths, int threads) const {
-    without_lock(
-        [&] { f(options, layers_, static_cast<Lengths *>(pointer(lengths)), threads); });
-  }
-
-  std::vector<Layer> layers_;
   std::vector<Span> written_; // sorted
   int gradient_bytes_;
-  bool rescales_, collides_ = false;
+  bool scales_, collides_ = false;
+  Batch batch_;
   const Exchange *exchange_ = nullptr;
   std::vector<Look> looks_, gradient_looks_;
 };
@@ -249,28 +277,50 @@ bool apart(const Py_buffer &a, const Py_buffer &b) {
   return x + a.len <= y || y + b.len <= x;
 }
 
-// Rescale a gradient in place, if the two are contiguous arrays of one dtype that this
-// can read.
-bool rescale_array(const Options &options, nb::handle weights, nb::handle gradient,
-                   int threads) {
+// Scale a gradient in place, if the two are contiguous arrays of one dtype that this can
+// read.
+bool scale_array(const Options &options, nb::handle weights, nb::handle gradient,
+                 int threads) {
   const Borrowed w(weights, 0), g(gradient, PyBUF_WRITABLE);
   if (!w || !g || !alike(*w, *g) || !apart(*w, *g))
     return false;
   const std::string format = (*w).format;
-  Options o = options;
+  Dtype dtype;
   if (format == "f")
-    o.weights = o.gradients = Dtype::float32;
+    dtype = Dtype::float32;
   else if (format == "d")
-    o.weights = o.gradients = Dtype::float64;
+    dtype = Dtype::float64;
   else if (format == "e")
-    o.weights = o.gradients = Dtype::float16;
+    dtype = Dtype::float16;
   else
     return false;
-  const std::vector<Layer> layers{{(*w).buf, (*g).buf, nullptr, (*g).buf, nullptr,
-                                   std::int64_t((*w).len / (*w).itemsize)}};
-  Lengths lengths{-1, -1, -1, -1};
-  without_lock([&] { rescale(o, layers, &lengths, threads); });
+  const auto size = std::int64_t((*w).len / (*w).itemsize);
+  Batch batch(dtype, dtype,
+              {{(*w).buf, (*g).buf, nullptr, (*g).buf, nullptr, size, true, true}});
+  Stats stats{-1, -1, -1, -1, -1};
+  without_lock([&] { batch.scale(options, &stats, threads); });
   return true;
+}
+
+// A field of a Config. Tensors of one element are numbers too: `float` reads them.
+template <class T> T read(nb::handle x);
+template <> double read(nb::handle x) { return nb::cast<double>(nb::float_(x)); }
+template <> bool read(nb::handle x) { return nb::cast<bool>(nb::bool_(x)); }
+
+template <> Denominator read(nb::handle x) {
+  const auto name = nb::cast<std::string>(x);
+  if (name == "paper")
+    return Denominator::paper;
+  if (name == "decayed_gradient")
+    return Denominator::decayed_gradient;
+  if (name == "gradient")
+    return Denominator::gradient;
+  return Denominator::momentum;
+}
+
+template <> LrPlacement read(nb::handle x) {
+  return nb::cast<std::string>(x) == "inside" ? LrPlacement::inside
+                                              : LrPlacement::outside;
 }
 
 } // namespace
@@ -282,38 +332,30 @@ NB_MODULE(_native, m) {
       .value("float64", Dtype::float64)
       .value("bfloat16", Dtype::bfloat16)
       .value("float16", Dtype::float16);
-  nb::enum_<Denominator>(m, "Denominator")
-      .value("paper", Denominator::paper)
-      .value("decayed_gradient", Denominator::decayed_gradient)
-      .value("gradient", Denominator::gradient)
-      .value("momentum", Denominator::momentum);
   nb::class_<Options>(m, "Options")
-      .def("__init__",
-           [](Options *o, Dtype weights, Dtype gradients, Denominator denominator,
-              bool inside, bool nesterov, bool clip, bool adapt, bool maximize,
-              bool zero_guard, bool measure_result, double lr, double momentum,
-              double weight_decay, double trust_coefficient, double eps,
-              double dampening, double threshold) {
-             new (o) Options{weights, gradients, denominator, inside, nesterov, clip,
-                             adapt, maximize, zero_guard, measure_result, lr, momentum,
-                             weight_decay, trust_coefficient, eps, dampening, threshold};
-           },
-           nb::kw_only(), "weights"_a, "gradients"_a, "denominator"_a, "inside"_a,
-           "nesterov"_a, "clip"_a, "adapt"_a, "maximize"_a, "zero_guard"_a,
-           "measure_result"_a, "lr"_a, "momentum"_a, "weight_decay"_a,
-           "trust_coefficient"_a, "eps"_a, "dampening"_a, "threshold"_a);
+      .def("__init__", [](Options *o, nb::handle config, double lr) {
+#define LARSKIT_READ(type, name) read<type>(config.attr(#name)),
+        new (o) Options{LARSKIT_FIELDS(LARSKIT_READ) lr};
+#undef LARSKIT_READ
+      });
   nb::class_<Group>(m, "Group")
-      .def(nb::init<const Addresses &, const Addresses &, const Addresses &,
+      .def(nb::init<Dtype, Dtype, const Addresses &, const Addresses &, const Addresses &,
                     const Addresses &, const Addresses &,
-                    const std::vector<std::int64_t> &, int, int, bool>())
+                    const std::vector<std::int64_t> &, const std::vector<bool> &,
+                    const std::vector<bool> &, bool>())
       .def("collides", &Group::collides)
-      .def("remember", &Group::remember)
-      .def("aim", &Group::aim)
+      .def("snapshot", &Group::snapshot)
+      .def("rebind", &Group::rebind)
+      .def("point", &Group::point)
       .def("step", &Group::step)
-      .def("rescale", &Group::rescale)
+      .def("scale", &Group::scale)
       .def("measure", &Group::measure);
-  m.def("rescale_array", &rescale_array);
-  m.attr("alone") = alone;
+  m.def("scale_array", &scale_array);
+  m.attr("serial_below") = serial_below;
+#define LARSKIT_NAME(type, name) #name,
+  const char *const fields[] = {LARSKIT_FIELDS(LARSKIT_NAME)};
+#undef LARSKIT_NAME
+  m.attr("FIELDS") = std::vector<std::string>(std::begin(fields), std::end(fields));
   m.def("end", &end);
   m.def("variant", [] {
     return std::string(loops(Dtype::float32, Dtype::float32).name);

@@ -3,7 +3,6 @@
 #include "pool.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <numeric>
 #include <thread>
@@ -11,32 +10,33 @@
 namespace larskit {
 namespace {
 
-// In elements: what a layer may hold to be left to one thread, which then finds it in its
-// own cache.
-constexpr std::int64_t whole = 256 * 1024;
+// In elements: the largest layer that one thread takes whole. Its weights and gradient are
+// then still in that thread's cache when it writes the results.
+constexpr std::int64_t undivided = 256 * 1024;
 
-// In blocks: what threads take of a larger layer, and what is moved before it has left the
-// cache, where its result is measured.
-constexpr std::int64_t piece = 64;
+// In blocks: what a thread takes of a larger layer. It is also what is written at a time
+// where results are measured, so that they are read from the cache.
+constexpr std::int64_t chunk = 64;
 
 std::int64_t blocks(const Layer &layer) {
   return std::max<std::int64_t>(1, (layer.size + block - 1) / block);
 }
 
-// rule._fold: the upper half onto the lower one, until one number is left.
-double fold(std::vector<double> &sums) {
-  for (std::size_t size = sums.size(); size > 1;) {
-    std::size_t half = (size + 1) / 2;
-    for (std::size_t i = 0; i < size - half; ++i)
+// norm._fold: the upper half onto the lower one, until one number is left. It does not
+// depend on which thread has found which sum.
+double fold(double *sums, std::int64_t size) {
+  while (size > 1) {
+    const std::int64_t half = (size + 1) / 2;
+    for (std::int64_t i = 0; i < size - half; ++i)
       sums[i] += sums[half + i];
     size = half;
   }
   return sums[0];
 }
 
-// rule.trust_ratio.
-double trust_ratio(const Options &o, double w_norm, double q) {
-  if (!o.adapt)
+// rule.trust_ratio. NaN fails every comparison, and so stays.
+double trust_ratio(const Options &o, bool adapt, double w_norm, double q) {
+  if (!adapt)
     return 1;
   double d = q;
   if (o.denominator == Denominator::paper)
@@ -51,143 +51,162 @@ double trust_ratio(const Options &o, double w_norm, double q) {
   return w_norm <= o.threshold || (o.zero_guard && q <= 0) ? 1 : ratio;
 }
 
-// What threads have found of a layer. The last of them to add its part sums it all up.
-class Sums {
-public:
-  void expect(std::int64_t blocks, int arrays) {
-    for (int i = 0; i < arrays; ++i)
-      sums_[i].resize(blocks);
-    missing_ = blocks;
-  }
-  double *of(int array) { return sums_[array].empty() ? nullptr : sums_[array].data(); }
-  double length(int array) { return std::sqrt(fold(sums_[array])); }
-  bool add(std::int64_t blocks) { return missing_.fetch_sub(blocks) == blocks; }
-
-private:
-  std::vector<double> sums_[2];
-  std::atomic<std::int64_t> missing_{0};
-};
-
-struct Work {
-  Sums before, after;
-  std::atomic<bool> measured{false};
-};
-
-struct Task {
-  int layer;
-  std::int64_t first, last;
-  bool measure, move;
-};
-
-class Step {
-public:
-  Step(const Options &o, const std::vector<Layer> &layers, Lengths *lengths,
-       Loops::Move Loops::*move)
-      : o_(o), layers_(layers), lengths_(lengths),
-        loops_(loops(o.weights, o.gradients)), move_(move ? loops_.*move : nullptr),
-        work_(layers.size()) {}
-
-  void run(int threads) {
-    std::int64_t total = 0;
-    for (const Layer &layer : layers_)
-      total += layer.size;
-    plan(total < alone ? 1 : threads);
-    parallel(int(tasks_.size()), total < alone ? 1 : threads,
-             [this](int i) { perform(tasks_[i]); });
-  }
-
-private:
-  // The largest come first. Tasks are taken in this order: who waits for a length waits
-  // for threads that are at work on it. The move begins where the measuring has ended,
-  // with what is still in cache.
-  void plan(int threads) {
-    std::vector<int> order(layers_.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [this](int a, int b) {
-      return layers_[a].size > layers_[b].size;
-    });
-    for (int i : order) {
-      const std::int64_t n = blocks(layers_[i]);
-      expect(i, n);
-      if (threads == 1 || layers_[i].size <= whole) {
-        tasks_.push_back({i, 0, n, true, move_ != nullptr});
-        continue;
-      }
-      for (std::int64_t k = 0; k < n; k += piece)
-        tasks_.push_back({i, k, std::min(k + piece, n), true, false});
-      for (std::int64_t k = n; move_ && k > 0; k -= std::min(k, piece))
-        tasks_.push_back({i, std::max(k - piece, std::int64_t(0)), k, false, true});
-    }
-  }
-
-  void expect(int i, std::int64_t n) {
-    work_[i].before.expect(n, 2);
-    if (o_.measure_result)
-      work_[i].after.expect(n, 1);
-  }
-
-  void perform(const Task &task) {
-    if (task.measure)
-      measure(task);
-    if (!task.move)
-      return;
-    wait_for(work_[task.layer].measured);
-    for (std::int64_t last = task.last; last > task.first; last -= piece) {
-      const std::int64_t first = std::max(task.first, last - piece);
-      move(task.layer, first, last);
-    }
-  }
-
-  void measure(const Task &task) {
-    const Layer &layer = layers_[task.layer];
-    Work &work = work_[task.layer];
-    Lengths &lengths = lengths_[task.layer];
-    if (lengths.weight < 0)
-      loops_.square_weights(o_, layer, task.first, task.last, work.before.of(0));
-    if (lengths.denominator < 0)
-      loops_.square_measured(o_, layer, task.first, task.last, work.before.of(1));
-    if (!work.before.add(task.last - task.first))
-      return;
-    if (lengths.weight < 0)
-      lengths.weight = work.before.length(0);
-    if (lengths.denominator < 0)
-      lengths.denominator = work.before.length(1);
-    lengths.ratio = trust_ratio(o_, lengths.weight, lengths.denominator);
-    work.measured.store(true, std::memory_order_release);
-  }
-
-  void move(int i, std::int64_t first, std::int64_t last) {
-    move_(o_, layers_[i], lengths_[i].ratio, first, last);
-    if (!o_.measure_result)
-      return;
-    Sums &after = work_[i].after;
-    loops_.square_result(o_, layers_[i], first, last, after.of(0));
-    if (after.add(last - first))
-      lengths_[i].result = after.length(0);
-  }
-
-  static void wait_for(const std::atomic<bool> &done) {
-    for (int spins = 0; !done.load(std::memory_order_acquire); ++spins)
-      if (spins > 1000)
-        std::this_thread::yield();
-  }
-
-  const Options &o_;
-  const std::vector<Layer> &layers_;
-  Lengths *lengths_;
-  const Loops &loops_;
-  const Loops::Move move_;
-  std::vector<Work> work_;
-  std::vector<Task> tasks_;
-};
+void wait_for(const std::atomic<bool> &done) {
+  for (int spins = 0; !done.load(std::memory_order_acquire); ++spins)
+    if (spins > 1000)
+      std::this_thread::yield();
+}
 
 } // namespace
+
+// What is asked for in one call.
+struct Batch::Call {
+  Call(const Options &o, Stats *stats, Loops::Write write = nullptr)
+      : stats(stats), write(write), decayed_(o), plain_(o) {
+    plain_.weight_decay = 0; // not wd*w with wd = 0: that is NaN where w is infinite
+  }
+
+  const Options &options(const Layer &layer) const {
+    return layer.decay ? decayed_ : plain_;
+  }
+
+  Stats *stats;
+  Loops::Write write;
+  bool update_norms = false, result_norms = false;
+
+private:
+  Options decayed_, plain_;
+};
+
+Batch::Batch(Dtype weights, Dtype gradients, std::vector<Layer> layers)
+    : layers(std::move(layers)), loops_(loops(weights, gradients)), starts_{0},
+      progress_(new Progress[this->layers.size()]) {
+  for (const Layer &layer : this->layers) {
+    starts_.push_back(starts_.back() + blocks(layer));
+    size_ += layer.size;
+  }
+}
+
+void Batch::measure(const Options &o, Stats *stats, int threads) {
+  run(Call(o, stats), threads);
+}
+
+void Batch::step(const Options &o, Stats *stats, int threads, bool update_norms,
+                 bool result_norms) {
+  Call call(o, stats, loops_.step);
+  call.update_norms = update_norms;
+  call.result_norms = result_norms;
+  run(call, threads);
+}
+
+void Batch::scale(const Options &o, Stats *stats, int threads) {
+  run(Call(o, stats, loops_.scale), threads);
+}
+
+void Batch::run(const Call &call, int threads) {
+  if (size_ < serial_below)
+    threads = 1;
+  plan(threads > 1);
+  const int arrays = call.update_norms || call.result_norms ? 4 : 2;
+  if (sums_.size() < std::size_t(arrays * starts_.back()))
+    sums_.resize(arrays * starts_.back());
+  for (std::size_t i = 0; i < layers.size(); ++i) { // relaxed: the pool has a lock
+    const std::int64_t n = starts_[i + 1] - starts_[i];
+    progress_[i].unmeasured.store(n, std::memory_order_relaxed);
+    progress_[i].unwritten.store(n, std::memory_order_relaxed);
+    progress_[i].measured.store(false, std::memory_order_relaxed);
+  }
+  parallel(int(tasks_.size()), threads, [&](int i) { perform(call, tasks_[i]); });
+}
+
+// Threads take the tasks in this order, the largest layers first. Who waits for a layer to
+// be measured so waits for threads that are measuring it, never for a task that nobody has
+// taken. Writing starts where measuring has ended, with what is still in the cache.
+void Batch::plan(bool divides) {
+  if (!tasks_.empty() && divides == divides_)
+    return;
+  tasks_.clear();
+  divides_ = divides;
+  std::vector<int> order(layers.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [this](int a, int b) { return layers[a].size > layers[b].size; });
+  for (int i : order) {
+    const std::int64_t n = blocks(layers[i]);
+    if (!divides || layers[i].size <= undivided) {
+      tasks_.push_back({i, 0, n, true, true});
+      continue;
+    }
+    for (std::int64_t k = 0; k < n; k += chunk)
+      tasks_.push_back({i, k, std::min(k + chunk, n), true, false});
+    for (std::int64_t k = n; k > 0; k -= std::min(k, chunk))
+      tasks_.push_back({i, std::max(k - chunk, std::int64_t(0)), k, false, true});
+  }
+}
+
+void Batch::perform(const Call &call, const Task &task) {
+  if (task.measures)
+    measure(call, task);
+  if (!task.writes || !call.write)
+    return;
+  wait_for(progress_[task.layer].measured);
+  for (std::int64_t last = task.last; last > task.first; last -= chunk)
+    write(call, {task.layer, std::max(task.first, last - chunk), last, false, true});
+}
+
+// The last thread to measure a part of the layer adds up the sums of all.
+void Batch::measure(const Call &call, const Task &task) {
+  const int i = task.layer;
+  const Layer &layer = layers[i];
+  const Options &o = call.options(layer);
+  Stats &stats = call.stats[i];
+  const std::int64_t n = task.last - task.first;
+  if (stats.weight_norm < 0)
+    loops_.weights(o, layer, task.first, task.last, sums(i, of_weights));
+  if (stats.gradient_norm < 0)
+    loops_.gradient(o, layer, task.first, task.last, sums(i, of_gradient));
+  if (progress_[i].unmeasured.fetch_sub(n) != n)
+    return;
+  if (stats.weight_norm < 0)
+    stats.weight_norm = norm(i, of_weights);
+  if (stats.gradient_norm < 0)
+    stats.gradient_norm = norm(i, of_gradient);
+  stats.trust_ratio =
+      trust_ratio(o, layer.adapt, stats.weight_norm, stats.gradient_norm);
+  progress_[i].measured.store(true, std::memory_order_release);
+}
+
+void Batch::write(const Call &call, const Task &task) {
+  const int i = task.layer;
+  const Layer &layer = layers[i];
+  const Options &o = call.options(layer);
+  Stats &stats = call.stats[i];
+  const std::int64_t n = task.last - task.first;
+  call.write(o, layer, stats.trust_ratio, task.first, task.last,
+             call.update_norms ? sums(i, of_update) : nullptr);
+  if (call.result_norms)
+    loops_.result(o, layer, task.first, task.last, sums(i, of_result));
+  if (progress_[i].unwritten.fetch_sub(n) != n)
+    return;
+  if (call.update_norms)
+    stats.update_norm = norm(i, of_update);
+  if (call.result_norms)
+    stats.result_norm = norm(i, of_result);
+}
+
+double *Batch::sums(int layer, Sums of) {
+  return sums_.data() + of * starts_.back() + starts_[layer];
+}
+
+double Batch::norm(int layer, Sums of) {
+  return std::sqrt(fold(sums(layer, of), starts_[layer + 1] - starts_[layer]));
+}
 
 const Loops &loops(Dtype weights, Dtype gradients) {
 #if defined(LARSKIT_X86)
   static const auto best = [] {
     __builtin_cpu_init();
-    // Each AVX2 processor has F16C too, of which clang 14 has not heard.
+    // Each AVX2 processor has F16C too, a name that clang 14 does not know.
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512vl");
@@ -197,21 +216,6 @@ const Loops &loops(Dtype weights, Dtype gradients) {
 #else
   return loops_baseline(weights, gradients);
 #endif
-}
-
-void step(const Options &o, const std::vector<Layer> &layers, Lengths *lengths,
-          int threads) {
-  Step(o, layers, lengths, &Loops::update).run(threads);
-}
-
-void measure(const Options &o, const std::vector<Layer> &layers, Lengths *lengths,
-             int threads) {
-  Step(o, layers, lengths, nullptr).run(threads);
-}
-
-void rescale(const Options &o, const std::vector<Layer> &layers, Lengths *lengths,
-             int threads) {
-  Step(o, layers, lengths, &Loops::rescale).run(threads);
 }
 
 } // namespace larskit

@@ -1,54 +1,75 @@
-// One LARS step over the layers of a group, in plain C++: what larskit/rule.py says,
-// operation by operation, to the bit. No Python, no framework.
+// LARS over the layers of a group, in plain C++: the operations of larskit/rule.py in the
+// same order, so that the results are bitwise identical. No Python, no framework.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace larskit {
 
 enum class Dtype { float32, float64, bfloat16, float16 };
 enum class Denominator { paper, decayed_gradient, gradient, momentum };
+enum class LrPlacement { inside, outside };
 
-// The hyper-parameters of a group, named as in larskit/config.py.
+// The fields of larskit.config.Config, but for `adapt` and `decay`: layers have their own.
+#define LARSKIT_FIELDS(FIELD)                                                          \
+  FIELD(double, momentum)                                                              \
+  FIELD(double, weight_decay)                                                          \
+  FIELD(double, trust_coefficient)                                                     \
+  FIELD(double, eps)                                                                   \
+  FIELD(Denominator, denominator)                                                      \
+  FIELD(LrPlacement, lr_placement)                                                     \
+  FIELD(bool, nesterov)                                                                \
+  FIELD(double, dampening)                                                             \
+  FIELD(bool, clip)                                                                    \
+  FIELD(double, threshold)                                                             \
+  FIELD(bool, maximize)                                                                \
+  FIELD(bool, zero_guard)
+
 struct Options {
-  Dtype weights, gradients;
-  Denominator denominator;
-  bool inside, nesterov, clip, adapt, maximize, zero_guard;
-  bool measure_result; // also measure the weights that the step leaves
-  double lr, momentum, weight_decay, trust_coefficient, eps, dampening, threshold;
+#define LARSKIT_DECLARE(type, name) type name;
+  LARSKIT_FIELDS(LARSKIT_DECLARE)
+#undef LARSKIT_DECLARE
+  double lr;
 };
 
-// One layer: arrays of `size` elements that lie in one order. What is written may be the
+// One layer: arrays of `size` elements in one memory order. What is written may be the
 // very array that is read. `buffer` is null before the first step, and `new_buffer` where
 // none is kept.
 struct Layer {
   const void *weights, *gradient, *buffer;
   void *result, *new_buffer;
   std::int64_t size;
+  bool adapt, decay;
 };
 
-// What a group must hold, in elements, to be worth the waking of a second thread.
-constexpr std::int64_t alone = 512 * 1024;
-
-// What is known of a layer, and after a step all of it; negative while unknown.
-struct Lengths {
-  double weight, denominator, ratio, result;
+// The statistics of a layer. A norm that is negative is not known yet: a caller that knows
+// it fills it in, which saves reading the array.
+struct Stats {
+  double weight_norm, gradient_norm, trust_ratio;
+  double update_norm; // of what the step subtracts from the weights, if asked for
+  double result_norm; // of the new weights, if asked for
 };
+
+// In elements: a smaller group takes less time than waking a second thread.
+constexpr std::int64_t serial_below = 512 * 1024;
 
 // Block k of an array is its elements [k * block, (k + 1) * block).
 constexpr std::int64_t rows = 32, lanes = 32, block = rows * lanes;
 
 // The loops over the elements of the blocks [first, last), compiled once per instruction
-// set.
+// set. Each block's sum of squares goes to sums[k]; `step` leaves out those of the update
+// where `sums` is null.
 struct Loops {
-  using Sum = void (*)(const Options &, const Layer &, std::int64_t first,
-                       std::int64_t last, double *sums);
-  using Move = void (*)(const Options &, const Layer &, double ratio,
-                        std::int64_t first, std::int64_t last);
+  using Measure = void (*)(const Options &, const Layer &, std::int64_t first,
+                           std::int64_t last, double *sums);
+  using Write = void (*)(const Options &, const Layer &, double ratio,
+                         std::int64_t first, std::int64_t last, double *sums);
   const char *name;
-  Sum square_weights, square_measured, square_result;
-  Move update, rescale;
+  Measure weights, gradient, result;
+  Write step, scale;
 };
 
 const Loops &loops_baseline(Dtype weights, Dtype gradients);
@@ -60,13 +81,54 @@ const Loops &loops_avx512(Dtype weights, Dtype gradients);
 // The best loops that this processor runs.
 const Loops &loops(Dtype weights, Dtype gradients);
 
-// Move every layer: `result` becomes the new weights.
-void step(const Options &, const std::vector<Layer> &, Lengths *, int threads);
+// Layers, and how the work on them is divided among threads. The division and the memory
+// for the sums are kept from call to call: for many small layers, making them takes as
+// long as the step itself. One call at a time.
+class Batch {
+public:
+  Batch(Dtype weights, Dtype gradients, std::vector<Layer> layers);
 
-// Measure every layer, and move none.
-void measure(const Options &, const std::vector<Layer> &, Lengths *, int threads);
+  // The arrays may be replaced between calls, the sizes not.
+  std::vector<Layer> layers;
 
-// Rescale every gradient: `result`, in the dtype of the gradient, becomes r*u.
-void rescale(const Options &, const std::vector<Layer> &, Lengths *, int threads);
+  // Fill in the statistics, and write nothing.
+  void measure(const Options &, Stats *, int threads);
+
+  // Write the new weights and buffers.
+  void step(const Options &, Stats *, int threads, bool update_norms,
+            bool result_norms);
+
+  // Write r*u, in the dtype of the gradients.
+  void scale(const Options &, Stats *, int threads);
+
+private:
+  struct Call;
+  struct Task {
+    int layer;
+    std::int64_t first, last;
+    bool measures, writes;
+  };
+  struct Progress {
+    std::atomic<std::int64_t> unmeasured, unwritten; // blocks
+    std::atomic<bool> measured;
+  };
+  enum Sums { of_weights, of_gradient, of_update, of_result };
+
+  void run(const Call &, int threads);
+  void plan(bool divides);
+  void perform(const Call &, const Task &);
+  void measure(const Call &, const Task &);
+  void write(const Call &, const Task &);
+  double *sums(int layer, Sums of);
+  double norm(int layer, Sums of);
+
+  const Loops &loops_;
+  std::vector<std::int64_t> starts_; // where the sums of each layer begin, and the end
+  std::vector<double> sums_;
+  std::unique_ptr<Progress[]> progress_;
+  std::vector<Task> tasks_;
+  bool divides_ = false; // whether `tasks_` divide large layers
+  std::int64_t size_ = 0;
+};
 
 } // namespace larskit

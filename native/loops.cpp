@@ -1,7 +1,7 @@
 // The loops over elements. This file is compiled once per instruction set, with
 // LARSKIT_LOOPS naming the result; -ffp-contract=off keeps a*b + c two operations. It
-// calls no inline function of the library: the linker keeps one copy of such a one, which
-// may be of an instruction set that the processor has not.
+// calls no inline function of the standard library: the linker keeps one copy of it, which
+// may use instructions that the processor does not have.
 #include "kernel.hpp"
 
 #include <cstring>
@@ -11,7 +11,8 @@
 #include <immintrin.h>
 #endif
 
-// What an iteration reads, no other one writes, though arrays may be the same.
+// Results may be written over what is read. Compilers then vectorize only if they are told
+// that no iteration reads what another one writes.
 #if defined(__clang__)
 #define LARSKIT_IN_PLACE _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
@@ -37,6 +38,7 @@ inline float widen(bfloat16 x) {
   return out;
 }
 
+// To the nearest, ties to even, as torch rounds; any NaN becomes torch's own NaN.
 inline void narrow(float x, bfloat16 &out) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -116,8 +118,8 @@ template <class T, class C> void store(const C *x, std::int64_t n, T *out) {
 }
 
 // As many float64 numbers as a register of AVX2 holds, to which float32 widens faster
-// than to one of AVX-512. The square of a float is exact in float64, so adding it in one
-// operation gives the bits of two.
+// than to one of AVX-512. The square of a float32 is exact in float64, so that adding it
+// in one fused operation rounds as two operations do. The square of a float64 is not.
 #if defined(__AVX2__) && defined(__FMA__) && defined(__GNUC__)
 typedef __m256d Wide;
 inline Wide wide(const float *x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
@@ -134,10 +136,11 @@ inline Wide add_square(Wide x, Wide sum, float) { return sum + x * x; }
 #endif
 inline Wide add_square(Wide x, Wide sum, double) { return sum + x * x; }
 
-// rule.sum_of_squares of one block: rows in turn, then the lanes folded in halves. As
+// norm.sum_of_squares of one block: rows in turn, then the lanes folded in halves. As
 // many lanes go down the rows together as there are registers for their sums.
 template <class C> double sum_of_squares(const C *x, std::int64_t n) {
-  constexpr int width = sizeof(Wide) / sizeof(double), together = 8 * width < lanes ? 8 : lanes / width;
+  constexpr int width = sizeof(Wide) / sizeof(double);
+  constexpr int together = 8 * width < lanes ? 8 : lanes / width;
   const std::int64_t whole = n / lanes * lanes;
   alignas(64) C last[lanes] = {};
   for (std::int64_t i = whole; i < n; ++i)
@@ -206,20 +209,21 @@ std::int64_t elements(const Layer &layer, std::int64_t k) {
   return left < block ? left : block;
 }
 
+// W and G are the dtypes of the weights and the gradients, C that of the arithmetic.
 template <class W, class G, class C> struct Typed {
-  static void square_weights(const Options &, const Layer &layer, std::int64_t first,
-                             std::int64_t last, double *sums) {
-    square(static_cast<const W *>(layer.weights), layer, first, last, sums);
+  static void weights(const Options &, const Layer &layer, std::int64_t first,
+                      std::int64_t last, double *sums) {
+    square(layer.weights, layer, first, last, sums);
   }
 
-  static void square_result(const Options &, const Layer &layer, std::int64_t first,
-                            std::int64_t last, double *sums) {
-    square(static_cast<const W *>(layer.result), layer, first, last, sums);
+  static void result(const Options &, const Layer &layer, std::int64_t first,
+                     std::int64_t last, double *sums) {
+    square(layer.result, layer, first, last, sums);
   }
 
-  // rule.measured.
-  static void square_measured(const Options &o, const Layer &layer, std::int64_t first,
-                              std::int64_t last, double *sums) {
+  // rule.measured_gradient.
+  static void gradient(const Options &o, const Layer &layer, std::int64_t first,
+                       std::int64_t last, double *sums) {
     alignas(64) C a[block], b[block], c[block], d[block], e[block];
     for (std::int64_t k = first; k < last; ++k) {
       std::int64_t n = elements(layer, k);
@@ -234,12 +238,14 @@ template <class W, class G, class C> struct Typed {
   }
 
   // rule.step.
-  static void update(const Options &o, const Layer &layer, double ratio,
-                     std::int64_t first, std::int64_t last) {
+  static void step(const Options &o, const Layer &layer, double ratio,
+                   std::int64_t first, std::int64_t last, double *sums) {
     alignas(64) C a[block], b[block], c[block], d[block], e[block], f[block];
     const C r = C(ratio), lr = C(o.lr), lr_r = lr * r;
+    const bool inside = o.lr_placement == LrPlacement::inside;
     const bool plain = o.denominator == Denominator::momentum;
-    const bool simple = layer.buffer && layer.new_buffer && !o.nesterov && !o.maximize;
+    const bool simple =
+        layer.buffer && layer.new_buffer && !o.nesterov && !o.maximize && !plain;
     for (std::int64_t k = first; k < last; ++k) {
       std::int64_t n = elements(layer, k);
       const C *w = read<W>(layer.weights, k, n, a);
@@ -248,7 +254,7 @@ template <class W, class G, class C> struct Typed {
       W *result = static_cast<W *>(layer.result) + k * block;
       W *buffer = layer.new_buffer ? static_cast<W *>(layer.new_buffer) + k * block
                                    : nullptr;
-      if (simple && !plain) {
+      if (simple && !sums) {
         C *new_w = place(result, a), *new_v = place(buffer, e);
         common(o, w, g, v, r, n, new_w, new_v);
         keep(new_w, n, result);
@@ -259,32 +265,37 @@ template <class W, class G, class C> struct Typed {
       if (plain)
         new_v = accumulate_plain(o, v, u, n, e, f, y);
       else {
-        const C factor = o.inside ? lr_r : r;
+        const C factor = inside ? lr_r : r;
         for (std::int64_t i = 0; i < n; ++i)
           c[i] = factor * u[i];
         new_v = accumulate(o, v, c, n, e, f, y);
       }
       if (buffer)
         store(new_v, n, buffer);
-      const C factor = o.inside ? C(1) : plain ? lr_r : lr;
+      const C factor = inside ? C(1) : plain ? lr_r : lr;
       for (std::int64_t i = 0; i < n; ++i)
-        a[i] = w[i] - factor * y[i];
+        c[i] = factor * y[i];
+      if (sums)
+        sums[k] = sum_of_squares(c, n);
+      for (std::int64_t i = 0; i < n; ++i)
+        a[i] = w[i] - c[i];
       store(a, n, result);
     }
   }
 
   // rule.scaled_gradient.
-  static void rescale(const Options &o, const Layer &layer, double ratio,
-                      std::int64_t first, std::int64_t last) {
+  static void scale(const Options &o, const Layer &layer, double ratio,
+                    std::int64_t first, std::int64_t last, double *) {
     alignas(64) C a[block], b[block], c[block];
     const C r = C(ratio);
     for (std::int64_t k = first; k < last; ++k) {
       std::int64_t n = elements(layer, k);
       const C *w = read<W>(layer.weights, k, n, a);
       const C *u = decayed(o, w, read<G>(layer.gradient, k, n, b), n, c);
-      for (std::int64_t i = 0; i < n; ++i)
-        c[i] = r * u[i];
-      store(c, n, static_cast<G *>(layer.result) + k * block);
+      G *result = static_cast<G *>(layer.result) + k * block;
+      C *out = place(result, c);
+      LARSKIT_IN_PLACE for (std::int64_t i = 0; i < n; ++i) out[i] = r * u[i];
+      keep(out, n, result);
     }
   }
 
@@ -293,14 +304,15 @@ private:
   static void common(const Options &o, const C *w, const C *g, const C *v, C r,
                      std::int64_t n, C *new_w, C *new_v) {
     const C mu = C(o.momentum), taken = C(1 - o.dampening), wd = C(o.weight_decay);
-    const C lr = C(o.lr), in = o.inside ? lr * r : r, out = o.inside ? C(1) : lr;
-    if (wd == 0 && taken == 1 && o.inside)
+    const bool inside = o.lr_placement == LrPlacement::inside;
+    const C lr = C(o.lr), in = inside ? lr * r : r, out = inside ? C(1) : lr;
+    if (wd == 0 && taken == 1 && inside)
       LARSKIT_IN_PLACE for (std::int64_t i = 0; i < n; ++i) {
         C moved = mu * v[i] + in * g[i];
         new_v[i] = moved;
         new_w[i] = w[i] - moved;
       }
-    else if (taken == 1 && o.inside)
+    else if (taken == 1 && inside)
       LARSKIT_IN_PLACE for (std::int64_t i = 0; i < n; ++i) {
         C moved = mu * v[i] + in * (g[i] + wd * w[i]);
         new_v[i] = moved;
@@ -315,15 +327,16 @@ private:
       }
   }
 
-  // Where results of the arithmetic go: into the array itself, or first into `space`.
-  static C *place(W *x, C *space) {
-    if constexpr (std::is_same_v<W, C>)
+  // Where the arithmetic writes its results: into an array of its own dtype at once, else
+  // into `space`, from where `keep` rounds them into the array.
+  template <class T> static C *place(T *x, C *space) {
+    if constexpr (std::is_same_v<T, C>)
       return x;
     else
       return space;
   }
-  static void keep(const C *x, std::int64_t n, W *out) {
-    if constexpr (!std::is_same_v<W, C>)
+  template <class T> static void keep(const C *x, std::int64_t n, T *out) {
+    if constexpr (!std::is_same_v<T, C>)
       store(x, n, out);
   }
 
@@ -333,7 +346,7 @@ private:
     return x ? load(static_cast<const T *>(x) + k * block, n, space) : nullptr;
   }
 
-  static void square(const W *x, const Layer &layer, std::int64_t first,
+  static void square(const void *x, const Layer &layer, std::int64_t first,
                      std::int64_t last, double *sums) {
     alignas(64) C space[block];
     for (std::int64_t k = first; k < last; ++k) {
@@ -349,9 +362,8 @@ private:
 #define LARSKIT_JOIN(a, b) LARSKIT_JOIN_(a, b)
 
 template <class T>
-constexpr Loops table = {LARSKIT_TEXT(LARSKIT_LOOPS), T::square_weights,
-                         T::square_measured,          T::square_result,
-                         T::update,                   T::rescale};
+constexpr Loops table = {LARSKIT_TEXT(LARSKIT_LOOPS), T::weights, T::gradient,
+                         T::result,                   T::step,    T::scale};
 
 } // namespace
 

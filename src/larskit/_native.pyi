@@ -7,63 +7,49 @@ class Dtype:
     bfloat16: Dtype
     float16: Dtype
 
-class Denominator:
-    paper: Denominator
-    decayed_gradient: Denominator
-    gradient: Denominator
-    momentum: Denominator
-
 class Options:
-    def __init__(
-        self,
-        *,
-        weights: Dtype,
-        gradients: Dtype,
-        denominator: Denominator,
-        inside: bool,
-        nesterov: bool,
-        clip: bool,
-        adapt: bool,
-        maximize: bool,
-        zero_guard: bool,
-        measure_result: bool,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        trust_coefficient: float,
-        eps: float,
-        dampening: float,
-        threshold: float,
-    ) -> None: ...
+    def __init__(self, config: object, lr: float, /) -> None: ...
 
 Addresses = Sequence[int]
 
 class Group:
     def __init__(
         self,
+        weight_dtype: Dtype,
+        gradient_dtype: Dtype,
         weights: Addresses,
         gradients: Addresses,
         buffers: Addresses,
         results: Addresses,
         new_buffers: Addresses,
         sizes: Sequence[int],
-        bytes: int,
-        gradient_bytes: int,
-        rescales: bool,
+        adapt: Sequence[bool],
+        decay: Sequence[bool],
+        scales: bool,
         /,
     ) -> None: ...
     def collides(self) -> bool: ...
-    def remember(
+    def snapshot(
         self, exchange: object, fixed: list[Any], gradients: list[Any], /
     ) -> bool: ...
-    def aim(self, fixed: list[Any], gradients: list[Any], /) -> bool: ...
-    def step(self, options: Options, lengths: int, threads: int, /) -> None: ...
-    def rescale(self, options: Options, lengths: int, threads: int, /) -> None: ...
-    def measure(self, options: Options, lengths: int, threads: int, /) -> None: ...
+    def rebind(self, fixed: list[Any], gradients: list[Any], /) -> bool: ...
+    def point(self, gradients: Addresses, /) -> None: ...
+    def step(
+        self,
+        options: Options,
+        stats: int,
+        threads: int,
+        update_norms: bool,
+        result_norms: bool,
+        /,
+    ) -> None: ...
+    def scale(self, options: Options, stats: int, threads: int, /) -> None: ...
+    def measure(self, options: Options, stats: int, threads: int, /) -> None: ...
 
-alone: int
+serial_below: int
+FIELDS: list[str]
 
-def rescale_array(
+def scale_array(
     options: Options, weights: object, gradient: object, threads: int, /
 ) -> bool: ...
 def end() -> None: ...

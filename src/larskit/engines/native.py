@@ -1,22 +1,26 @@
-"""The rule in C++: a whole step in one call, to the bit as the reference does it.
+"""The rule in C++: a whole step in one call, bitwise the reference's.
 
-It takes NumPy arrays and torch CPU tensors whose elements lie densely, in one order for
+It takes NumPy arrays and torch CPU tensors that are dense and have one memory order for
 all arrays of a layer. The loops exist once per instruction set, and the best that the
-processor runs is chosen when they are needed.
+processor supports is chosen at the first call.
 """
 
 import atexit
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from larskit.arrays import dtype_name, framework
-from larskit.config import Config
-from larskit.layout import Unfit, address, check, fault, kept_buffers, size
-from larskit.rule import Lengths, weight_decay
+from larskit.arrays import Array, Scalar, dtype_name, framework
+from larskit.config import Config, is_number, is_zero
+from larskit.cores import usable_cores
+from larskit.engines import contract, reference
+from larskit.engines.conditional import unscaled
+from larskit.engines.contract import DEFAULT, Arrays, Layers, Switches, Unsupported
+from larskit.engines.layout import address, check, empty_like, new_buffers, size
+from larskit.rule import LayerStats, Norms
 
 try:
     import larskit._native as _native  # pyright: ignore[reportMissingModuleSource]
@@ -25,15 +29,17 @@ except ImportError as why:
 else:
     atexit.register(_native.end)
 
+# The dtypes of gradients, by that of their weights.
 _DTYPES = {
     "float32": ("float32", "bfloat16", "float16"),
     "float64": ("float64",),
     "bfloat16": ("bfloat16",),
     "float16": ("float16",),
 }
-_FLAGS = ("nesterov", "clip", "adapt", "maximize", "zero_guard")
-_NUMBERS = ("momentum", "trust_coefficient", "eps", "dampening", "threshold")
-_UNKNOWN = -1.0  # of a length, in the kernel's table
+# The columns of the kernel's table of statistics; a norm of -1 is to be computed.
+_WEIGHT_NORM, _GRADIENT_NORM, _TRUST_RATIO, _UPDATE_NORM, _RESULT_NORM = range(5)
+_UNKNOWN = -1.0
+_PLAIN = {float, int, bool, str}  # types of hyper-parameters that cannot change
 
 
 def unavailable() -> str | None:
@@ -46,18 +52,29 @@ def unavailable() -> str | None:
     return None
 
 
+def facts() -> dict[str, str]:
+    """Return the instruction set of the kernel, and the number of threads."""
+    try:
+        count = f"{threads()} for NumPy arrays"
+    except ValueError as why:
+        count = str(why)
+    if torch := sys.modules.get("torch"):
+        count += f", {threads(torch.empty(0))} for torch tensors"
+    return {"kernel": variant(), "threads": count}
+
+
 def variant() -> str:
     """Name the instruction set that the loops are compiled for."""
     if why := unavailable():
-        raise Unfit(why)
+        raise Unsupported(why)
     return _native.variant()  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def threads(like: Any = None) -> int:
+def threads(like: Array | None = None) -> int:
     """Return how many threads a step may use.
 
-    For torch tensors what ``torch.get_num_threads()`` says; else the environment's
-    ``LARSKIT_NUM_THREADS``, or the cores that this process may run on.
+    For torch tensors ``torch.get_num_threads()``; else ``LARSKIT_NUM_THREADS`` of the
+    environment, or the number of cores that this process may use.
     """
     if like is not None and framework(like) == "torch":
         return sys.modules["torch"].get_num_threads()
@@ -68,270 +85,317 @@ def threads(like: Any = None) -> int:
                 "least 1: correct the environment or unset it"
             )
         return int(given)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return usable_cores()
 
 
-def lengths(arrays: Sequence[Any]) -> Any:
-    """Return the length of each array, as a wide 1-d array."""
-    nothing = [None] * len(arrays)
-    return Group(arrays, arrays, nothing, results=nothing).measure()
-
-
-def step_(
-    weights: list[Any],
-    gradients: list[Any],
-    buffers: list[Any],
-    lr: Any,
+def bind(
+    layers: Layers,
     config: Config,
-    norms: tuple[Any, Any] | None = None,
+    switches: Switches = DEFAULT,
     *,
-    threads: int | None = None,
-) -> Lengths:
-    """Move `weights` and `buffers` in place, see `larskit.engines`."""
-    kept = kept_buffers(weights, buffers, float(config.momentum) != 0)
-    group = Group(weights, gradients, buffers, new_buffers=kept, threads=threads)
-    group.step_(lr, config, norms)
-    buffers[:] = kept
-    return group.lengths
-
-
-def fits(x: Any) -> bool:
-    """Whether the kernel can read an array, whatever else belongs to its layer."""
-    return unavailable() is None and fault(x, x) is None
+    scales_gradients: bool = False,
+    former: Iterable[contract.Group] = (),
+) -> "Group":
+    """Bind layers of NumPy or torch, see `larskit.engines.contract.Engine`."""
+    if why := unavailable():
+        raise Unsupported(why)
+    if switches.capturable:
+        raise Unsupported(
+            "the native engine reads lr on the host, so that no graph can capture it"
+        )
+    if switches.differentiable:
+        raise Unsupported("autograd cannot record the steps of the native engine")
+    group = Group(layers, config, switches.carry_norms, scales_gradients)
+    if switches.carry_norms:
+        for other in former:
+            if isinstance(other, Group):
+                group.adopt_carried_norms(other)
+    return group
 
 
 class Group:
-    """Layers of one dtype that were found fit for the kernel.
+    """Layers that were found fit for the kernel, which knows them by address.
 
     Parameters
     ----------
-    weights, gradients : sequences of arrays
-        One of each for a layer. The gradients are not held on to.
-    buffers : sequence of arrays or None
-        The momentum buffers; None for a layer without one.
-    results : sequence of arrays, optional
-        Receive the new weights, or the rescaled gradients. Default: the weights do.
-    new_buffers : sequence of arrays or None, optional
-        Receive the new buffers. Default: the buffers do.
-    rescales : bool, default=False
-        Whether gradients are rescaled, instead of weights moved.
-    threads : int, optional
-        How many threads to use, see `threads`.
+    layers, config, scales_gradients
+        See `bind`.
+    carry_norms : bool, default=False
+        Whether a step computes the norms of the new weights.
 
     Raises
     ------
-    Unfit
+    Unsupported
         Naming an array and what is wrong with it. Nothing has changed then.
     """
 
+    engine = "native"
+    captured = False
+
     def __init__(
         self,
-        weights: Sequence[Any],
-        gradients: Sequence[Any],
-        buffers: Sequence[Any],
-        results: Sequence[Any] | None = None,
-        new_buffers: Sequence[Any] | None = None,
-        *,
-        rescales: bool = False,
-        threads: int | None = None,
+        layers: Layers,
+        config: Config,
+        carry_norms: bool = False,
+        scales_gradients: bool = False,
     ) -> None:
-        """Check the arrays."""
-        results = weights if results is None else results
-        new_buffers = buffers if new_buffers is None else new_buffers
-        if why := unavailable():
-            raise Unfit(why)
-        w_dtype, g_dtype = dtype_name(weights[0]), dtype_name(gradients[0])
-        if g_dtype not in _DTYPES.get(w_dtype, ()):
-            raise Unfit(f"weight 0 is {w_dtype} and its gradient {g_dtype}")
-        check("weight", weights, weights, w_dtype)
-        check("gradient", gradients, weights, g_dtype)
-        check("momentum buffer", buffers, weights, w_dtype)
-        result_dtype = g_dtype if rescales else w_dtype
-        check("result", results, weights, result_dtype, written=True)
-        check("new momentum buffer", new_buffers, weights, w_dtype, written=True)
-        self.weights, self.buffers = list(weights), list(new_buffers)
-        self._numpy = isinstance(weights[0], np.ndarray)
-        self._threads = threads
+        """Check the arrays, and make those that are missing."""
+        results, buffers = _results(layers, config, scales_gradients)
+        w_dtype, g_dtype = _checked(layers, results, buffers, scales_gradients)
         assert _native is not None
-        self._dtypes = [getattr(_native.Dtype, name) for name in (w_dtype, g_dtype)]
+        self._layers = layers
+        self._results, self._new_buffers = results, buffers
+        self.weights: list[Array] = list(layers.weights)
+        self.buffers: list[Array | None] = list(layers.buffers)
+        self._carries = carry_norms
+        self._carried: Any = None  # marks of the weights, and their norms
+        self._stats: Any = None
+        self._gradients: list[Array] | None = list(layers.gradients)
+        self._is_unscaled = False
+        self._options_of: tuple[Any, Any] = None, None
+        self._options: Any = None
+        w = layers.weights[0]
+        self._torch = sys.modules["torch"] if framework(w) == "torch" else None
+        self._written = [x for x in (*results, *buffers) if x is not None]
         self._kernel = _native.Group(
-            [*map(address, weights)],
-            [*map(address, gradients)],
-            [*map(address, buffers)],
+            getattr(_native.Dtype, w_dtype),
+            getattr(_native.Dtype, g_dtype),
+            [*map(address, layers.weights)],
+            [*map(address, layers.gradients)],
+            [*map(address, layers.buffers)],
             [*map(address, results)],
-            [*map(address, new_buffers)],
-            [size(w) for w in weights],
-            weights[0].itemsize,
-            gradients[0].itemsize,
-            rescales,
+            [*map(address, buffers)],
+            [size(w) for w in layers.weights],
+            list(layers.adapt),
+            list(layers.decay),
+            scales_gradients,
         )
         if self._kernel.collides():
-            raise Unfit("two of the arrays share memory, where threads would collide")
-        self._written = [x for x in (*results, *new_buffers) if x is not None]
-        self._gradients: list[Any] | None = list(gradients)
-        self._fixed: list[Any] | None = None
-        self._single = [i for i, w in enumerate(weights) if size(w) == 1]
-        self._carried: Any = None
-        self._measured: Any = None
+            raise Unsupported(
+                "two of the arrays share memory, where threads would collide"
+            )
+        self._single = [i for i, w in enumerate(layers.weights) if size(w) == 1]
+        self._fixed = self._snapshot()
 
-    def aim(self, gradients: list[Any]) -> bool:
-        """Take other gradients for the next step, if they and all else fit as before.
+    def _snapshot(self) -> list[Array] | None:
+        """Keep what `rebind` compares, where torch can be asked without Python calls."""
+        if self._torch is None:
+            return None
+        exchange = getattr(self._torch.Tensor, "__dlpack_c_exchange_api__", None)
+        buffers = (v for v in self._new_buffers if v is not None)
+        fixed = [*self.weights, *buffers]
+        if exchange and self._kernel.snapshot(exchange, fixed, self._gradients or []):
+            return fixed
+        return None
 
-        What can change about a torch tensor from step to step is read anew. Only a
-        gradient of one element can be a lazy negation and yet lie densely.
+    def rebind(self, gradients: Arrays) -> bool:
+        """Use other gradients, if they and all else look as before.
+
+        All that can change about a torch tensor from step to step is read again. Only a
+        gradient of one element can be a lazy negation and yet be dense.
         """
         if self._fixed is None:
             return False
+        gradients = list(gradients)
         try:
-            fits = self._kernel.aim(self._fixed, gradients)
-        except (BufferError, RuntimeError):  # a sparse gradient, for one
+            fits = self._kernel.rebind(self._fixed, gradients)
+        except (BufferError, RuntimeError):  # for example a sparse gradient
             return False
-        if not fits or any(gradients[i].is_neg() for i in self._single):
+        if not fits or (
+            self._single and any([gradients[i].is_neg() for i in self._single])
+        ):
             return False
-        self._gradients = gradients
+        self._gradients, self._is_unscaled = gradients, False
         return True
 
-    def remember(self) -> None:
-        """Prepare for `aim`, where torch can be asked without a call through Python."""
-        tensor = sys.modules["torch"].Tensor
-        exchange = getattr(tensor, "__dlpack_c_exchange_api__", None)
-        fixed = [*self.weights, *(v for v in self.buffers if v is not None)]
-        if exchange and self._kernel.remember(exchange, fixed, self._gradients or []):
-            self._fixed = fixed
-
-    def step_(
-        self,
-        lr: Any,
-        config: Config,
-        norms: tuple[Any, Any] | None = None,
-        *,
-        carry: bool = False,
-    ) -> None:
-        """Move every layer along the gradients that were given last, once.
-
-        With `carry` the lengths of the new weights are measured on the way, and used by
-        the next step for the weights that nobody else has written until then.
-        """
-        table = self._table()
-        if norms is not None:
-            table[:, 0], table[:, 1] = norms
-        elif self._carried is not None:
-            table[:, 0] = self._still_known()
-        self._run(self._kernel.step, table, lr, config, carry)
-        self._carried = (self._marks(), _columns(table)[3]) if carry else None
-        self._measured = table
-
-    @property
-    def lengths(self) -> Lengths:
-        """What the last step measured."""
-        return Lengths(*_columns(self._measured)[:3])
-
-    def rescale_(self, config: Config, norms: tuple[Any, Any] | None = None) -> None:
-        """Write the rescaled gradients, see `larskit.rule.scaled_gradient`."""
-        table = self._table()
-        if norms is not None:
-            table[:, 0], table[:, 1] = norms
-        self._run(self._kernel.rescale, table, 0.0, config)
-
-    def measure(self) -> Any:
-        """Return the lengths of the weights, as a wide 1-d array."""
-        table = self._table()
-        table[:, 1] = 0.0  # which is not asked for
-        self._run(self._kernel.measure, table, 0.0, Config())
-        return _columns(table)[0]
-
-    def norms(self, config: Config) -> tuple[Any, Any]:
-        """Return the lengths of the weights and of what is measured beside them.
-
-        The step is still to be taken.
-        """
-        table = self._table()
-        if self._carried is not None:
-            table[:, 0] = self._still_known()
-        self._call(self._kernel.measure, table, 0.0, config)
-        return _columns(table)[:2]
-
-    def take_over(self, other: "Group") -> None:
-        """Keep the lengths that another group of some of the same weights carries."""
-        if other._carried is None:
+    def adopt_carried_norms(self, former: "Group") -> None:
+        """Keep the norms that another group of some of the same weights carries."""
+        if former._carried is None:
             return
-        marks, lengths = other._carried
-        rows = zip(other.weights, marks, lengths.tolist(), strict=True)
+        marks, norms = former._carried
+        rows = zip(former.weights, marks, norms.tolist(), strict=True)
         known = {id(w): row for w, *row in rows}
         found = [known.get(id(w), (None, _UNKNOWN)) for w in self.weights]
         marks, numbers = zip(*found, strict=True)
-        self._carried = list(marks), lengths.new_tensor(numbers)
+        self._carried = list(marks), norms.new_tensor(numbers)
+
+    def check(self, lr: Scalar, config: Config) -> None:
+        """Accept every step: nothing on the CPU is captured."""
+
+    def norms(self, config: Config, grad_scale: Array | None = None) -> Norms:
+        """Return the norms of each layer, as two vectors."""
+        self._unscale(grad_scale)
+        table = self._table(None)
+        self._call(self._kernel.measure, table, 0.0, config)
+        return _column(table, _WEIGHT_NORM), _column(table, _GRADIENT_NORM)
+
+    def step_(
+        self,
+        lr: Scalar,
+        config: Config,
+        norms: Norms | None = None,
+        *,
+        grad_scale: Array | None = None,
+        apply_if: bool | Array = True,
+        full_stats: bool = False,
+    ) -> None:
+        """Move every layer along the gradients that were bound last, once."""
+        if grad_scale is not None:
+            self._unscale(grad_scale)
+        self._stats = table = self._table(norms)
+        if not apply_if:
+            self._call(self._kernel.measure, table, lr, config)
+            table[:, _UPDATE_NORM] = 0.0
+            self._gradients = None
+            return
+        self._call(self._kernel.step, table, lr, config, full_stats, self._carries)
+        self._after_writing()
+        self.weights, self.buffers = self._results, self._new_buffers
+        if self._carries:
+            self._carried = self._marks(), _column(table, _RESULT_NORM)
+
+    @property
+    def stats(self) -> LayerStats:
+        """The statistics of the last step, as vectors."""
+        table = self._stats
+        update_norm = _column(table, _UPDATE_NORM)
+        return LayerStats(
+            _column(table, _WEIGHT_NORM),
+            _column(table, _GRADIENT_NORM),
+            _column(table, _TRUST_RATIO),
+            self._layers.adapt,
+            self._layers.decay,
+            None if (update_norm < 0).all() else update_norm,
+        )
+
+    def scale_gradients(
+        self,
+        config: Config,
+        norms: Norms | None = None,
+        grad_scale: Array | None = None,
+    ) -> Arrays:
+        """Write ``r*u`` for each layer, see `larskit.rule.scaled_gradient`."""
+        if grad_scale is not None:
+            assert self._gradients is not None
+            now = self._layers._replace(gradients=self._gradients, out=self._results)
+            reference.bind(now, config).scale_gradients(config, norms, grad_scale)
+        else:
+            self._call(self._kernel.scale, self._table(norms), 0.0, config)
+        self._after_writing()
+        return self._results
+
+    def _unscale(self, grad_scale: Array | None) -> None:
+        """Divide the gradients by the scale of the loss, into copies, once."""
+        if grad_scale is None or self._is_unscaled:
+            return
+        assert self._gradients is not None
+        self._gradients = list(unscaled(self._gradients, grad_scale))
+        self._is_unscaled = True
+        self._kernel.point([*map(address, self._gradients)])
+
+    def _table(self, norms: Norms | None) -> Any:
+        """Return the kernel's table of statistics, with the norms that are known."""
+        shape = len(self.weights), 5
+        if self._torch is None:
+            table = np.full(shape, _UNKNOWN)
+        else:
+            table = self._torch.full(shape, _UNKNOWN, dtype=self._torch.float64)
+        if norms is not None:
+            table[:, _WEIGHT_NORM], table[:, _GRADIENT_NORM] = norms
+        elif self._carried is not None:
+            table[:, _WEIGHT_NORM] = self._still_known()
+        return table
 
     def _still_known(self) -> Any:
-        """Return the carried lengths of the weights that are as they were left."""
-        marks, lengths = self._carried
+        """Return the carried norms of the weights that nobody else has written."""
+        marks, norms = self._carried
         same = [a == b for a, b in zip(self._marks(), marks, strict=True)]
-        return lengths.where(lengths.new_tensor(same) > 0, _UNKNOWN)
+        return norms.where(norms.new_tensor(same) > 0, _UNKNOWN)
 
     def _marks(self) -> list[Any]:
-        """Return what changes when somebody writes a weight or puts it elsewhere."""
+        """Return what changes when another caller writes a weight or moves it."""
         return [(w.data_ptr(), w._version) for w in self.weights]
 
-    def _table(self) -> Any:
-        """Return the kernel's `Lengths` of every layer, unknown yet."""
-        shape = len(self.weights), 4
-        if self._numpy:
-            return np.full(shape, _UNKNOWN)
-        torch = sys.modules["torch"]
-        return torch.full(shape, _UNKNOWN, dtype=torch.float64)
-
-    def _run(
-        self, kernel: Any, table: Any, lr: Any, config: Config, carry: bool = False
-    ) -> None:
-        self._call(kernel, table, lr, config, carry)
-        self._gradients = None
-        if not self._numpy:  # autograd shall see what changed behind its back
-            sys.modules["torch"].autograd.graph.increment_version(self._written)
-
     def _call(
-        self, kernel: Any, table: Any, lr: Any, config: Config, carry: bool = False
+        self, kernel: Any, table: Any, lr: Scalar, config: Config, *how: bool
     ) -> None:
-        assert self._gradients is not None, "a group steps once along its gradients"
-        options = _options(self._dtypes, lr, config, carry)
-        kernel(options, address(table), self._threads or threads(self.weights[0]))
+        assert self._gradients is not None, (
+            "these gradients were used already: rebind the group before the next step"
+        )
+        if self._options_of[0] is not config or self._options_of[1] is not lr:
+            self._set_options(lr, config)
+        if self._torch is None:
+            kernel(self._options, address(table), threads(), *how)
+        else:
+            count = self._torch.get_num_threads()
+            kernel(self._options, table.data_ptr(), count, *how)
+
+    def _set_options(self, lr: Scalar, config: Config) -> None:
+        """Read the hyper-parameters, once unless they are tensors, which may change."""
+        assert _native is not None
+        self._options = _native.Options(config, float(lr))
+        is_plain = {*map(type, vars(config).values()), type(lr)} <= _PLAIN
+        self._options_of = (config, lr) if is_plain else (None, None)
+
+    def _after_writing(self) -> None:
+        """Let go of the gradients, and tell autograd what was written."""
+        self._gradients = None
+        if self._torch is not None:
+            self._torch.autograd.graph.increment_version(self._written)
 
 
-class Rescaler:
-    """Rescales NumPy gradients one by one, where a group would take longer to make."""
+class ArrayScaler:
+    """Scales NumPy gradients one by one, where to bind a group would take longer."""
 
     def __init__(self, config: Config) -> None:
-        """Take over the hyper-parameters."""
-        self._options = None
-        if _native is not None:
-            dtypes = [_native.Dtype.float32] * 2  # the kernel looks for itself
-            self._options = _options(dtypes, 0.0, config, False)
+        """Read the hyper-parameters."""
+        numbers = (config.weight_decay, config.eps, config.threshold)
+        fixed = _native is not None and all(map(is_number, numbers))
+        self._options = _native.Options(config, 0.0) if fixed and _native else None
 
-    def __call__(self, w: Any, g: Any) -> bool:
-        """Rescale `g` in place; False, and nothing done, if that cannot be here."""
+    def __call__(self, w: Array, g: Array) -> bool:
+        """Scale `g` in place; return False, with nothing done, where that cannot be."""
         if self._options is None or type(w) is not np.ndarray or type(g) is not type(w):
             return False
         assert _native is not None
-        count = 1 if w.size < _native.alone else threads()
-        return _native.rescale_array(self._options, w, g, count)
+        count = 1 if w.size < _native.serial_below else threads()
+        return _native.scale_array(self._options, w, g, count)
 
 
-def _options(dtypes: list[Any], lr: Any, config: Config, carry: bool) -> Any:
-    assert _native is not None
-    options: dict[str, Any] = {name: bool(getattr(config, name)) for name in _FLAGS}
-    options |= {name: float(getattr(config, name)) for name in _NUMBERS}
-    return _native.Options(
-        weights=dtypes[0],
-        gradients=dtypes[1],
-        denominator=getattr(_native.Denominator, config.denominator),
-        inside=config.lr_placement == "inside",
-        measure_result=carry,
-        lr=float(lr),
-        weight_decay=float(weight_decay(config)),
-        **options,
-    )
+def _results(
+    layers: Layers, config: Config, scales_gradients: bool
+) -> tuple[list[Array], list[Array | None]]:
+    """Return the arrays that receive new weights, or gradients, and new buffers."""
+    receivers = layers.gradients if scales_gradients else layers.weights
+    if layers.out is None:
+        results = list(receivers)
+    else:
+        pairs = zip(receivers, layers.out, strict=True)
+        results = [empty_like(x) if out is None else out for x, out in pairs]
+    if scales_gradients:
+        return results, [None] * len(results)
+    if layers.out is not None:
+        buffers = [None if v is None else empty_like(v) for v in layers.buffers]
+        return results, buffers
+    keeps = not is_zero(config.momentum)
+    return results, new_buffers(layers.weights, layers.buffers, keeps)
 
 
-def _columns(table: Any) -> Any:
-    return table.T if isinstance(table, np.ndarray) else table.unbind(1)
+def _checked(
+    layers: Layers, results: list[Array], buffers: list[Array | None], scales: bool
+) -> tuple[str, str]:
+    """Refuse arrays that the kernel cannot use; return the dtypes of w and g."""
+    weights, gradients = layers.weights, layers.gradients
+    w_dtype, g_dtype = dtype_name(weights[0]), dtype_name(gradients[0])
+    if g_dtype not in _DTYPES.get(w_dtype, ()):
+        raise Unsupported(f"weight 0 is {w_dtype} and its gradient {g_dtype}")
+    check("weight", weights, weights, w_dtype)
+    check("gradient", gradients, weights, g_dtype)
+    check("momentum buffer", layers.buffers, weights, w_dtype)
+    check("result", results, weights, g_dtype if scales else w_dtype, written=True)
+    check("new momentum buffer", buffers, weights, w_dtype, written=True)
+    return w_dtype, g_dtype
+
+
+def _column(table: Any, place: int) -> Any:
+    return table[:, place]

@@ -87,8 +87,8 @@ def _factor(lr: Any, lr_placement: LrPlacement) -> Any:
         return lr
     if lr == 0:
         raise ValueError(
-            "lr is 0 in a parameter group, so its momentum buffers cannot be divided by "
-            "it: convert the state of an earlier or later step"
+            "lr is 0 in a parameter group, and its momentum buffers cannot be divided "
+            "by it: convert the state of an earlier or later step"
         )
     return 1 / lr
 
@@ -98,7 +98,7 @@ def adapted(
 ) -> dict[str, Any]:
     """Return a state dict that has every option of a `LARS` with `own_groups`."""
     state, groups = _translated(state_dict)
-    for group, own in zip(groups, own_groups, strict=False):  # torch compares the counts
+    for group, own in zip(groups, own_groups, strict=False):  # torch counts
         unknown = "lr_placement" not in group and own["lr_placement"] == "inside"
         if unknown and any(_has_buffer(state, key) for key in group["params"]):
             raise ValueError(
