@@ -9,6 +9,8 @@ import torch
 from hypothesis import strategies as st
 
 from larskit.config import Config
+from larskit.engines import Layers, Switches
+from larskit.rule import LayerStats
 
 DEVICE = os.environ.get("LARSKIT_TEST_DEVICE", "cpu")  # where Triton's kernels run
 
@@ -132,8 +134,19 @@ def steps(
     v: list[Any] = [None] * len(w)
     for i in range(count):
         g = [array(generator, g_dtype, n, layout).to(device) for n in sizes]
-        engine.step_(w, g, v, 0.37 / (1 + i), config, **options)
+        step_(engine, w, g, v, 0.37 / (1 + i), config, **options)
     return w + [x for x in v if x is not None]
+
+
+def step_(
+    engine: Any, w, g, v, lr, config: Config, norms=None, **switches: Any
+) -> LayerStats:
+    """Take a step in place, put new buffers into `v`, and return the statistics."""
+    flags = [config.adapt] * len(w), [config.decay] * len(w)
+    group = engine.bind(Layers(w, g, v, *flags), config, Switches(**switches))
+    group.step_(lr, config, norms)
+    v[:] = group.buffers
+    return group.stats
 
 
 def strange_step(engine: Any, value, dtypes, device="cpu") -> torch.Tensor:
@@ -144,7 +157,7 @@ def strange_step(engine: Any, value, dtypes, device="cpu") -> torch.Tensor:
     g[40] = value
     ours: list[Any] = [w.to(device)]
     config = Config(weight_decay=0.01, trust_coefficient=1.0)
-    engine.step_(ours, [g.to(device)], [None], 0.5, config)
+    step_(engine, ours, [g.to(device)], [None], 0.5, config)
     return ours[0].cpu()
 
 

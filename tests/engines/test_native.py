@@ -2,6 +2,7 @@
 
 import os
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +10,62 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import EXACT, LAYOUTS, array, configs, same, steps, strange_step
+from cases import (
+    EXACT,
+    LAYOUTS,
+    array,
+    configs,
+    same,
+    step_,
+    steps,
+    strange_step,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from larskit.config import Config
-from larskit.engines import native, reference
+from larskit import _native  # pyright: ignore[reportMissingModuleSource]
+from larskit.config import NAMES, Config
+from larskit.engines import Layers, Switches, native, reference
 
 LIVE = Path(__file__).parent / "live"
 SIZES = st.one_of(st.integers(0, 70), st.sampled_from([1023, 1024, 1025, 5003, 70_001]))
+
+
+def bound(w, g, v=None, config=None, out=None, **switches: Any) -> native.Group:
+    """Bind layers, adapted and decayed as the configuration says."""
+    config = config or Config()
+    flags = [config.adapt] * len(w), [config.decay] * len(w)
+    layers = Layers(w, g, v or [None] * len(w), *flags, out)
+    return native.bind(layers, config, Switches(**switches))
+
+
+@contextmanager
+def limited(threads):
+    """Have torch, and hence the kernel, use as many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_it_is_there():
     assert native.unavailable() is None
 
 
+def test_the_kernel_has_the_fields_of_the_configuration():
+    """All of them: whether layers are adapted and decayed is theirs to say."""
+    assert {*_native.FIELDS, "adapt", "decay"} == {*NAMES}
+
+
 LISTS = st.lists(SIZES, min_size=1, max_size=5)
 
 
 @given(configs(), LISTS, st.sampled_from(EXACT), LAYOUTS, st.sampled_from([1, 2, 3, 8]))
-def test_the_bits_are_those_of_the_reference(config, sizes, dtypes, layout, threads):
-    ours = steps(native, sizes, dtypes, config, layout, threads=threads)
+def test_it_equals_the_reference_bitwise(config, sizes, dtypes, layout, threads):
+    with limited(threads):
+        ours = steps(native, sizes, dtypes, config, layout)
     assert same(ours, steps(reference, sizes, dtypes, config, layout))
 
 
@@ -41,81 +75,80 @@ LARGE = [900_000, 3, 40_000, 0, 300_007, 1024]
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_the_number_of_threads_changes_no_bit(threads):
     config = Config(weight_decay=0.01)
-    ours = steps(native, LARGE, EXACT[0], config, threads=threads)
+    with limited(threads):
+        ours = steps(native, LARGE, EXACT[0], config)
     assert same(ours, steps(reference, LARGE, EXACT[0], config))
 
 
 def carried_steps(sizes, dtypes, config, threads, layout, disturb=None):
     generator = torch.Generator().manual_seed(0)
     w = [array(generator, dtypes[0], n, layout) for n in sizes]
-    v = native.kept_buffers(w, [None] * len(w), config.momentum != 0)
     group: Any = None
     for i in range(3):
         g = [array(generator, dtypes[1], n, layout) for n in sizes]
         if group is None:
-            nothing = [None] * len(w)
-            group = native.Group(w, g, nothing, new_buffers=v, threads=threads)
-            group.remember()
-        assert group.aim(g)
-        group.step_(0.37 / (1 + i), config, carry=True)
+            group = bound(w, g, config=config, carry_norms=True)
+        assert group.rebind(g)
+        with limited(threads):
+            group.step_(0.37 / (1 + i), config)
         if disturb:
             disturb(w)
-    return w + [x for x in v if x is not None]
+    return w + [x for x in group.buffers if x is not None]
 
 
 @given(configs(), LISTS, st.sampled_from(EXACT), LAYOUTS, st.sampled_from([1, 2, 3, 8]))
-def test_carried_lengths_change_no_bit(config, sizes, dtypes, layout, threads):
+def test_carried_norms_change_no_bit(config, sizes, dtypes, layout, threads):
     ours = carried_steps(sizes, dtypes, config, threads, layout)
     assert same(ours, steps(reference, sizes, dtypes, config, layout))
 
 
-def test_carried_lengths_of_large_layers():
+def test_carried_norms_of_large_layers():
     config = Config(weight_decay=0.01)
     for threads in (1, 2, 3, 8):
         ours = carried_steps(LARGE, EXACT[0], config, threads, "contiguous")
         assert same(ours, steps(reference, LARGE, EXACT[0], config))
 
 
-def test_carried_lengths_are_used_until_somebody_writes():
+def test_carried_norms_are_used_until_another_caller_writes():
     w = [torch.ones(4), torch.ones(4)]
     g = [torch.ones(4), torch.ones(4)]
-    group = native.Group(w, g, [None, None])
-    group.remember()
     config = Config(momentum=0.0, trust_coefficient=0.5)
-    group.step_(1.0, config, carry=True)
+    group = bound(w, g, config=config, carry_norms=True)
+    group.step_(1.0, config)
     w[0].data.fill_(9.0)  # which nothing can see
     w[1].fill_(9.0)
-    assert group.aim(g)
-    group.step_(1.0, config, carry=True)
-    assert group.lengths.weight.tolist() == [1.0, 18.0]
-    w[0].fill_(3.0)
-    assert group.aim(g)
+    assert group.rebind(g)
     group.step_(1.0, config)
-    assert group.lengths.weight.tolist()[0] == 6.0
+    assert group.stats.weight_norm.tolist() == [1.0, 18.0]
+    w[0].fill_(3.0)
+    assert group.rebind(g)
+    group.step_(1.0, config)
+    assert group.stats.weight_norm.tolist()[0] == 6.0
 
 
-def test_a_group_takes_over_what_another_carries():
+def test_a_group_adopts_the_norms_that_another_carries():
     w = [torch.ones(4), torch.full((9,), 2.0), torch.ones(1), torch.ones(4)]
     g = [torch.zeros_like(x) for x in w]
     config = Config(momentum=0.0)
-    old = native.Group(w, g, [None] * 4)
-    old.step_(1.0, config, carry=True)
+    old = bound(w, g, config=config, carry_norms=True)
+    old.step_(1.0, config)
     w[0].data.zero_()  # which nothing can see
     w[1].zero_()
     w[3].data = torch.zeros(4)
     extra = torch.full((1,), 7.0)
-    new = native.Group([*w[::-1], extra], [*g[::-1], extra.clone()], [None] * 5)
-    new.take_over(old)
+    every = [True] * 5
+    columns = [*w[::-1], extra], [*g[::-1], extra.clone()], [None] * 5
+    switches = Switches(carry_norms=True)
+    new = native.bind(Layers(*columns, every, every), config, switches, former=[old])
     new.step_(1.0, config)
-    assert new.lengths.weight.tolist() == [0.0, 1.0, 0.0, 2.0, 7.0]
+    assert new.stats.weight_norm.tolist() == [0.0, 1.0, 0.0, 2.0, 7.0]
 
 
 def test_a_group_steps_once_along_its_gradients():
     w, g = [torch.ones(4)], [torch.ones(4)]
-    group = native.Group(w, g, [None])
-    assert not group.aim(g)  # it was not told to remember
+    group = bound(w, g, config=Config(momentum=0.0))
     group.step_(1.0, Config(momentum=0.0))
-    with pytest.raises(AssertionError, match="once along its gradients"):
+    with pytest.raises(AssertionError, match="rebind the group before the next step"):
         group.step_(1.0, Config(momentum=0.0))
 
 
@@ -143,35 +176,31 @@ CHANGES = {
 def test_a_group_sees_what_has_changed(what):
     change, make, fits = CHANGES[what]
     p, g, v = nn.Parameter(torch.ones(4, 4)), torch.ones(4, 4), torch.zeros(4, 4)
-    group = native.Group([p], [g], [v])
-    group.remember()
+    group = bound([p], [g], [v])
     change(p)
-    assert group.aim([make(g)]) is fits
+    assert group.rebind([make(g)]) is fits
 
 
 def test_a_group_sees_a_negated_gradient():
     p, g = nn.Parameter(torch.ones(1)), torch.ones(1, dtype=torch.complex64).imag
-    group = native.Group([p], [g.clone()], [None])
-    group.remember()
-    assert group.aim([g.clone()])
-    assert not group.aim([torch.ones(1, dtype=torch.complex64).conj().imag])
+    group = bound([p], [g.clone()], [None])
+    assert group.rebind([g.clone()])
+    assert not group.rebind([torch.ones(1, dtype=torch.complex64).conj().imag])
     p, g = nn.Parameter(torch.ones(2)), torch.ones(2)
-    group = native.Group([p], [g], [None])
-    group.remember()
-    assert group.aim([g])
-    assert not group.aim([torch.ones(2, dtype=torch.complex64).conj().imag])
+    group = bound([p], [g], [None])
+    assert group.rebind([g])
+    assert not group.rebind([torch.ones(2, dtype=torch.complex64).conj().imag])
 
 
 def test_a_group_sees_that_its_buffer_moved_or_its_gradient_is_its_weight():
     p, g, v = nn.Parameter(torch.ones(4, 4)), torch.ones(4, 4), torch.zeros(4, 4)
-    group = native.Group([p], [g], [v])
-    group.remember()
+    group = bound([p], [g], [v])
     before = v.data
     v.data = torch.zeros(4, 4)
-    assert not group.aim([g])
+    assert not group.rebind([g])
     v.data = before
-    assert group.aim([g])
-    assert not group.aim([p.detach()])
+    assert group.rebind([g])
+    assert not group.rebind([p.detach()])
 
 
 def test_float64_is_within_four_ulp():
@@ -195,9 +224,9 @@ def test_strange_numbers(value, dtypes):
 def test_numpy_arrays_step_in_place():
     w, g = np.ones((3, 4), "float32"), np.full((3, 4), 2.0, "float32")
     v: list[Any] = [None]
-    found = native.step_([w], [g], v, 0.5, Config(trust_coefficient=1.0))
-    assert type(found.ratio) is np.ndarray
-    assert found.ratio.tolist() == [0.5]
+    found = step_(native, [w], [g], v, 0.5, Config(trust_coefficient=1.0))
+    assert type(found.trust_ratio) is np.ndarray
+    assert found.trust_ratio.tolist() == [0.5]
     np.testing.assert_array_equal(w, np.full((3, 4), 0.5, "float32"))
     np.testing.assert_array_equal(v[0], np.full((3, 4), 0.5, "float32"))
 
@@ -205,7 +234,7 @@ def test_numpy_arrays_step_in_place():
 def test_autograd_sees_the_write():
     w, v = torch.ones(3), torch.zeros(3)
     before = w._version, v._version
-    native.step_([w], [torch.ones(3)], [v], 0.1, Config())
+    step_(native, [w], [torch.ones(3)], [v], 0.1, Config())
     assert w._version > before[0]
     assert v._version > before[1]
 
@@ -236,7 +265,7 @@ REFUSED = [
 @pytest.mark.parametrize(("w", "g", "why"), REFUSED)
 def test_what_it_refuses(w, g, why):
     with pytest.raises(RuntimeError, match=why):
-        native.step_([w], [g], [None], 0.1, Config())
+        step_(native, [w], [g], [None], 0.1, Config())
 
 
 def test_several_python_threads_at_once():

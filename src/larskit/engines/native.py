@@ -140,8 +140,11 @@ class Group:
         scales_gradients: bool = False,
     ) -> None:
         """Check the arrays, and make those that are missing."""
+        w_dtype, g_dtype = _checked(layers)
         results, buffers = _results(layers, config, scales_gradients)
-        w_dtype, g_dtype = _checked(layers, results, buffers, scales_gradients)
+        result_dtype = g_dtype if scales_gradients else w_dtype
+        check("result", results, layers.weights, result_dtype, written=True)
+        check("momentum buffer", buffers, layers.weights, w_dtype, written=True)
         assert _native is not None
         self._layers = layers
         self._results, self._new_buffers = results, buffers
@@ -381,10 +384,8 @@ def _results(
     return results, new_buffers(layers.weights, layers.buffers, keeps)
 
 
-def _checked(
-    layers: Layers, results: list[Array], buffers: list[Array | None], scales: bool
-) -> tuple[str, str]:
-    """Refuse arrays that the kernel cannot use; return the dtypes of w and g."""
+def _checked(layers: Layers) -> tuple[str, str]:
+    """Refuse arrays that the kernel cannot read; return the dtypes of w and g."""
     weights, gradients = layers.weights, layers.gradients
     w_dtype, g_dtype = dtype_name(weights[0]), dtype_name(gradients[0])
     if g_dtype not in _DTYPES.get(w_dtype, ()):
@@ -392,8 +393,6 @@ def _checked(
     check("weight", weights, weights, w_dtype)
     check("gradient", gradients, weights, g_dtype)
     check("momentum buffer", layers.buffers, weights, w_dtype)
-    check("result", results, weights, g_dtype if scales else w_dtype, written=True)
-    check("new momentum buffer", buffers, weights, w_dtype, written=True)
     return w_dtype, g_dtype
 
 

@@ -6,13 +6,15 @@ import time
 import numpy as np
 
 from larskit.config import Config
-from larskit.engines import native
+from larskit.engines import Layers, native
 
 
 def work() -> None:
     w = [np.ones(500_000, "float32") for _ in range(4)]
+    flags, config = [True] * 4, Config()
     while True:
-        native.step_(w, [x.copy() for x in w], [None] * 4, 0.5, Config())
+        layers = Layers(w, [x.copy() for x in w], [None] * 4, flags, flags)
+        native.bind(layers, config).step_(0.5, config)
 
 
 for _ in range(3):

@@ -7,13 +7,15 @@ import jax.numpy as jnp  # noqa: F401  # whose threads a fork leaves behind
 import numpy as np
 
 from larskit.config import Config
-from larskit.engines import native
+from larskit.engines import Layers, native
 
 
 def step() -> float:
     w = np.ones(500_000, "float32")
     config = Config(trust_coefficient=1.0)
-    native.step_([w, w.copy()], [w.copy(), w.copy()], [None, None], 0.5, config)
+    gradients, flags = [w.copy(), w.copy()], [True, True]
+    layers = Layers([w, w.copy()], gradients, [None, None], flags, flags)
+    native.bind(layers, config).step_(0.5, config)
     return float(w[-1])
 
 
