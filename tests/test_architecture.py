@@ -22,7 +22,7 @@ CORE = {
 }
 MACHINERY = CORE | {"engines", "layout", "norms", "functional", "hook", "containers"}
 ALLOWED = {
-    "config": set(),
+    "config": {"arrays"},
     "arrays": set(),
     "cores": set(),
     "names": set(),

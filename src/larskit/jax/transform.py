@@ -13,8 +13,14 @@ from jax.tree_util import keystr
 
 from larskit import rule
 from larskit.arrays import cast, check_floating, check_shape, dtype_name
-from larskit.config import Config, Denominator, LrPlacement, check_lr, is_zero
-from larskit.functional import at_step
+from larskit.config import (
+    Config,
+    Denominator,
+    LrPlacement,
+    check_lr,
+    documented,
+    is_zero,
+)
 from larskit.hook import Transformation
 from larskit.norms import mesh
 from larskit.select import check_matched, select
@@ -39,6 +45,7 @@ for _state in (LarsState, ScaleByLarsState):
     )
 
 
+@documented
 def lars(
     learning_rate: Schedule,
     momentum: Any = Config.momentum,
@@ -67,24 +74,16 @@ def lars(
     ----------
     learning_rate : float, array of shape (), or callable
         At least 0; a callable gets the number of steps taken, from 0.
-    momentum, trust_coefficient, eps : float, or array of shape ()
-        See `larskit.config.Config`, as for the keywords down to `threshold`.
-    weight_decay : float, array of shape (), or callable
-        As `learning_rate`.
-    denominator : {"paper", "decayed_gradient", "gradient", "momentum"}
-        What the length of a layer is divided by.
-    lr_placement : {"inside", "outside"}
-        Whether the rate multiplies what enters the momentum buffer or what leaves it.
-    nesterov, dampening, clip, threshold
-        Nesterov's momentum, dampening of the buffer, LARC's clipping of the ratio, and
-        the length up to which a layer is not adapted.
+    {momentum}
+    weight_decay : float, 0-d array, or callable, default=0.0
+        wd, at least 0; a callable as for `learning_rate`.
+    {trust_coefficient:threshold}
     adapt, decay : None, bool, pattern, sequence of patterns, callable, or tree of bool
         Which layers get a trust ratio and which are decayed, see
         `larskit.select.select`; names are paths, ``"encoder.0.kernel"``. None
         (default): those of two or more dimensions. A tree of bools is a prefix of the
         parameters'.
-    maximize : bool
-        Climb instead of descend.
+    {maximize}
     accumulator_dtype : dtype, optional
         Of the momentum; by default that of the parameters.
     layer_axis : int, mapping of pattern to int, or callable, optional
@@ -118,19 +117,8 @@ def lars(
     >>> updates, state = optimizer.update(grads, state, params)
     >>> params = jax.tree.map(jax.numpy.add, params, updates)  # optax.apply_updates
     """
-    config = Config(
-        momentum=momentum,
-        weight_decay=0.0 if callable(weight_decay) else weight_decay,
-        trust_coefficient=trust_coefficient,
-        eps=eps,
-        denominator=denominator,
-        lr_placement=lr_placement,
-        nesterov=nesterov,
-        dampening=dampening,
-        clip=clip,
-        threshold=threshold,
-        maximize=maximize,
-    )
+    fixed = {"weight_decay": 0.0} if callable(weight_decay) else {}
+    config = Config.pick(locals(), **fixed)
     if not callable(learning_rate):
         check_lr(learning_rate, "learning_rate")
     keeps = not is_zero(momentum)
@@ -147,7 +135,7 @@ def lars(
         updates: Any, state: LarsState, params: Any = None
     ) -> tuple[Any, LarsState]:
         rate, wd = (_now(x, state.count) for x in (learning_rate, weight_decay))
-        now = at_step(replace(config, weight_decay=wd), state.count)
+        now = replace(config, weight_decay=wd).at_step(state.count)
         found, structure = layers(params)
         grads = _matched(found, structure, updates, "updates")
         buffers = [None] * len(found)
@@ -161,6 +149,7 @@ def lars(
     return Transformation(init, update)
 
 
+@documented
 def scale_by_lars(
     weight_decay: Any = Config.weight_decay,
     trust_coefficient: Any = Config.trust_coefficient,
@@ -181,8 +170,8 @@ def scale_by_lars(
 
     Parameters
     ----------
-    weight_decay, trust_coefficient, eps, denominator, threshold
-        As those of `lars`; no callables, and no ``denominator="momentum"``.
+    {weight_decay:denominator}
+    {threshold}
     adapt, decay, layer_axis, axis_names
         As those of `lars`.
 
@@ -193,17 +182,9 @@ def scale_by_lars(
     Raises
     ------
     ValueError, TypeError
-        As `lars` does.
+        As `lars` does, and for ``denominator="momentum"``.
     """
-    config = Config(
-        momentum=0.0,
-        weight_decay=weight_decay,
-        trust_coefficient=trust_coefficient,
-        eps=eps,
-        denominator=denominator,
-        lr_placement="outside",
-        threshold=threshold,
-    )
+    config = Config.pick(locals(), momentum=0.0, lr_placement="outside")
     if denominator == "momentum":
         raise ValueError(
             "denominator='momentum' measures a buffer, but scale_by_lars keeps none: "
