@@ -37,7 +37,7 @@ ALLOWED = {
     "norms": {"rule", "arrays", "config", "layout"},
     "engines": {"rule", "norms", "arrays", "config", "layout", "_native"},
     "functional": CORE - {"state"} | {"engines", "layout", "norms"},
-    "hook": CORE | {"engines", "layout", "norms", "functional"},
+    "hook": CORE | {"engines", "layout", "norms", "jax"},
     "torch": MACHINERY,
     "jax": MACHINERY,
     "keras": MACHINERY,

@@ -5,12 +5,11 @@ step of a PyTorch optimizer, `GradientLARS.transform` into a chain of optax.
 """
 
 import sys
-from collections.abc import Callable
 from functools import wraps
 from itertools import repeat
 from operator import is_not
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 from larskit.arrays import (
     check_floating,
@@ -228,43 +227,12 @@ class GradientLARS:
             Without JAX.
         """
         try:
-            from jax import tree_util
+            from larskit.jax.transform import rescaling
         except ImportError as why:
             raise ImportError(
                 "GradientLARS.transform needs JAX: pip install 'larskit[jax]'"
             ) from why
-
-        def init(params: Any) -> Any:
-            return ()
-
-        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-            if params is None:
-                raise ValueError(
-                    "params is None, expected the weights, whose lengths LARS needs: "
-                    "call update(updates, state, params)"
-                )
-            config = self._config()
-
-            def rescaled(path: Any, g: Any, w: Any) -> Any:
-                if g is None:
-                    return None
-                where = tree_util.keystr(path)
-                _check(w, g, f"params{where}", f"updates{where}")
-                return scaled_gradient(w, g, config)
-
-            new = tree_util.tree_map_with_path(
-                rescaled, updates, params, is_leaf=lambda x: x is None
-            )
-            return new, state
-
-        return Transformation(init, update)
-
-
-class Transformation(NamedTuple):
-    """The pair of functions that optax calls a gradient transformation."""
-
-    init: Callable[[Any], Any]
-    update: Callable[..., tuple[Any, Any]]
+        return rescaling(self._config)
 
 
 class Attachment:
