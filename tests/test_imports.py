@@ -27,6 +27,20 @@ def test_import_loads_no_framework():
     assert python(listed) == "True"
 
 
+def test_a_star_imports_no_framework_either():
+    code = (
+        "import sys\n"
+        "from larskit import *\n"
+        f"print([f for f in {FRAMEWORKS} if f in sys.modules], lars_update.__name__)"
+    )
+    assert python(code) == "[] lars_update"
+
+
+def test_modules_are_imported_when_they_are_used():
+    code = "import larskit; print(larskit.state.save_optimizer.__module__)"
+    assert python(code) == "larskit.state.portable"
+
+
 def test_import_is_light():
     code = (
         "import time, numpy; start = time.perf_counter(); import larskit; "
