@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -80,12 +81,27 @@ def test_defaults_are_the_documented_ones():
         if isinstance(field.default, str):
             assert f'{field.name} : {{"' in documented
         else:
-            default = "1e-3" if field.default == 1e-3 else str(field.default)
-            assert (
-                f"default={default}\n"
-                in documented.split(f"\n    {field.name} : ")[1][:30]
-            )
+            entry = documented.split(f"\n    {field.name} : ")[1]
+            assert entry.split("\n")[0].endswith(f"default={field.default}")
     assert tuple(field.name for field in dataclasses.fields(Config)) == NAMES
+
+
+def test_what_all_layers_share_is_picked():
+    values = {"lr": 3.0, "eps": 0.5, "adapt": "*.weight", "zero_guard": False}
+    assert Config.pick(values, momentum=0.0) == Config(eps=0.5, momentum=0.0)
+    assert Config.pick({"eps": 0.5}, eps=0.25) == Config(eps=0.25)
+    with pytest.raises(ValueError, match="eps must be a finite number of at least 0"):
+        Config.pick({"eps": -1.0})
+
+
+def test_the_first_step_is_not_dampened():
+    config = Config(dampening=0.5)
+    assert [config.at_step(count).dampening for count in (0, 1, 2)] == [0.0, 0.5, 0.5]
+    traced = jax.jit(lambda count: config.at_step(count).dampening)
+    assert [float(traced(count)) for count in (0, 1)] == [0.0, 0.5]
+    averaged = Config(dampening=0.5, denominator="momentum", lr_placement="outside")
+    assert averaged.at_step(0) is averaged
+    assert Config().at_step(0) == Config()
 
 
 def test_frozen():

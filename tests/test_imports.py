@@ -22,6 +22,7 @@ def test_import_is_light(python):
     [
         ("modules larskit", []),
         ("modules larskit.state", []),
+        ("star", []),
         ("modules larskit.jax", ["jax", "jaxlib"]),
         ("function", []),
         ("hook", []),

@@ -4,10 +4,17 @@ Only concrete numbers are checked. A tensor or a traced value passes as it is, s
 that checking never waits for a device.
 """
 
+import inspect
 import math
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from textwrap import indent
+from typing import Any, Literal, Self, TypeVar, get_args
+
+from larskit.arrays import Scalar, cast, is_array, norm_dtype
 
 Denominator = Literal["paper", "decayed_gradient", "gradient", "momentum"]
 LrPlacement = Literal["inside", "outside"]
@@ -20,53 +27,80 @@ class Config:
 
     Parameters
     ----------
-    momentum : float, default=0.9
+    momentum : float or 0-d array, default=0.9
         mu, at least 0 and below 1.
-    weight_decay : float, default=0.0
-        wd, at least 0; added to the gradient as ``wd * w`` where `decay` is true.
-    trust_coefficient : float, default=1e-3
-        eta, above 0: the part of a layer's length that it moves at a rate of 1.
-    eps : float, default=0.0
-        At least 0; stands in the denominator only, and 0 stays 0.
+    weight_decay : float or 0-d array, default=0.0
+        wd, at least 0; ``wd * w`` is added to the gradient of the layers that are
+        decayed.
+    trust_coefficient : float or 0-d array, default=0.001
+        eta, above 0: at a learning rate of 1, a step changes a layer by this fraction
+        of its weight norm.
+    eps : float or 0-d array, default=0.0
+        At least 0; added to the denominator of the trust ratio only.
     denominator : {"paper", "decayed_gradient", "gradient", "momentum"}
-        What the layer's length is divided by: ``|g| + wd*|w|`` (default),
-        ``|g + wd*w|``, ``|g|``, or the length of the update itself.
+        The norm that the weight norm is divided by: ``|g| + wd*|w|`` (default),
+        ``|g + wd*w|``, ``|g|``, or the norm of the update itself.
     lr_placement : {"inside", "outside"}
-        Whether the learning rate multiplies what enters the momentum buffer
-        (default) or what leaves it.
+        Whether the learning rate multiplies what enters the momentum buffer (default)
+        or what leaves it.
     nesterov : bool, default=False
-        Step along ``x + mu*v'`` instead of ``v'``.
-    dampening : float, default=0.0
-        From 0 to 1; the buffer takes ``(1 - dampening) * x`` after its first step.
+        Step along ``x + mu*v`` instead of the buffer v, where x is what entered it.
+    dampening : float or 0-d array, default=0.0
+        From 0 to 1; after the first step ``(1 - dampening) * x`` enters the buffer.
     clip : bool, default=False
-        LARC: the ratio is ``min(ratio / lr, 1)``.
-    threshold : float, default=0.0
-        At least 0; a layer no longer than this is not adapted.
+        LARC: use ``min(ratio / lr, 1)`` as the trust ratio.
+    threshold : float or 0-d array, default=0.0
+        At least 0; a layer whose weight norm is not above it is not adapted.
     adapt : bool, default=True
         Whether this layer gets a trust ratio; else it steps at the raw rate.
     decay : bool, default=True
         Whether this layer is decayed.
     maximize : bool, default=False
-        Climb the gradient instead of descending.
+        Ascend along the gradient instead of descending.
     zero_guard : bool, default=True
-        A denominator without length gives a ratio of 1. Chainer's hook has no
-        such guard.
+        Use a trust ratio of 1 where the norm of the gradient, or of the update, is 0.
+        Chainer's hook has no such guard.
     """
 
-    momentum: Any = 0.9
-    weight_decay: Any = 0.0
-    trust_coefficient: Any = 1e-3
-    eps: Any = 0.0
+    momentum: Scalar = 0.9
+    weight_decay: Scalar = 0.0
+    trust_coefficient: Scalar = 1e-3
+    eps: Scalar = 0.0
     denominator: Denominator = "paper"
     lr_placement: LrPlacement = "inside"
     nesterov: bool = False
-    dampening: Any = 0.0
+    dampening: Scalar = 0.0
     clip: bool = False
-    threshold: Any = 0.0
+    threshold: Scalar = 0.0
     adapt: bool = True
     decay: bool = True
     maximize: bool = False
     zero_guard: bool = True
+
+    @classmethod
+    def pick(cls, values: Mapping[str, Any], **own: Scalar) -> Self:
+        """Return the configuration that the arguments of an API describe.
+
+        Parameters
+        ----------
+        values : mapping of str to object
+            ``locals()`` at the top of a function, a parameter group, or the attributes
+            of an optimizer. Only the names in `SHARED` are looked at.
+        **own
+            Hyper-parameters that take precedence.
+        """
+        return cls(**{name: values[name] for name in SHARED if name in values} | own)
+
+    def at_step(self, count: Scalar) -> Self:
+        """Return the configuration for the step after `count` steps.
+
+        The first step is not dampened, where a buffer of zeros stands for none.
+        """
+        if is_zero(self.dampening) or self.denominator == "momentum":
+            return self
+        later = count > 0
+        later = cast(later, norm_dtype(later)) if is_array(later) else later
+        return replace(self, dampening=self.dampening * later)
 
     def __post_init__(self) -> None:
         """Check every field, then the combinations."""
@@ -97,7 +131,7 @@ class Config:
             )
 
 
-def check_lr(lr: Any, name: str = "lr") -> None:
+def check_lr(lr: Scalar, name: str = "lr") -> None:
     """Refuse a concrete learning rate that is negative or not finite."""
     number(name, lr, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
 
@@ -112,7 +146,7 @@ def is_zero(value: Any) -> bool:
     return is_number(value) and value == 0
 
 
-def number(name: str, value: Any, allowed: str, holds: Any) -> None:
+def number(name: str, value: Any, allowed: str, holds: Callable[[Any], bool]) -> None:
     """Refuse a concrete number for which `holds` is false, and what is no number."""
     if isinstance(value, (bool, str, bytes, list, tuple, dict)) or value is None:
         raise TypeError(f"{name} must be {allowed}, got {value!r}: pass a number")
@@ -146,6 +180,36 @@ _NUMBERS = {
     "dampening": ("between 0 and 1", lambda x: 0 <= x <= 1),
     "threshold": ("a number of at least 0", lambda x: x >= 0),
 }
-_FLAGS = ("nesterov", "clip", "adapt", "decay", "maximize", "zero_guard")
 
 NAMES = tuple(field.name for field in fields(Config))
+PER_LAYER = ("adapt", "decay")  # selected for each layer, see `larskit.select`
+SHARED = tuple(name for name in NAMES if name not in (*PER_LAYER, "zero_guard"))
+_FLAGS = tuple(field.name for field in fields(Config) if field.type is bool)
+
+T = TypeVar("T")
+_PLACEHOLDER = re.compile(r"^( *)\{(\w+)(?::(\w+))?\}$", re.MULTILINE)
+_ENTRY = re.compile(r"^(\w+) : .*(?:\n {4}.*)+", re.MULTILINE)
+
+
+def documented(target: T) -> T:
+    """Fill the placeholders in a docstring with what `Config` says of its parameters.
+
+    The line ``{momentum}`` becomes the description of that hyper-parameter, and
+    ``{momentum:eps}`` those of all from the first to the last, both included.
+    """
+    if target.__doc__ and Config.__doc__:  # python -OO leaves none
+        target.__doc__ = _PLACEHOLDER.sub(_described, target.__doc__)
+    return target
+
+
+def _described(placeholder: re.Match[str]) -> str:
+    margin, first, last = placeholder.groups()
+    names = NAMES[NAMES.index(first) : NAMES.index(last or first) + 1]
+    return indent("\n".join(_entries()[name] for name in names), margin)
+
+
+@cache
+def _entries() -> dict[str, str]:
+    """Return the description of each parameter of `Config`, by name."""
+    text = inspect.cleandoc(Config.__doc__ or "")
+    return {entry[1]: entry[0] for entry in _ENTRY.finditer(text)}

@@ -19,9 +19,8 @@ from larskit.arrays import (
     unwritable,
     write,
 )
-from larskit.config import Config, Denominator, LrPlacement, is_number
+from larskit.config import Config, Denominator, LrPlacement, documented, is_number
 from larskit.layers import Layers
-from larskit.rule import at_step
 from larskit.select import Selection
 from larskit.tree import (
     Leaf,
@@ -191,6 +190,7 @@ def init(params: Tree) -> State:
     return State(count, layers.rebuilt(zeros))
 
 
+@documented
 def update(
     params: Tree,
     grads: Tree,
@@ -227,21 +227,12 @@ def update(
         What `init` or the last `update` returned.
     lr : float, array of one element, or a container of them like `params`
         Learning rate, at least 0.
-    momentum, weight_decay, trust_coefficient, eps : float, or array of shape ()
-        See `larskit.config.Config`, as for the keywords down to `threshold`.
-    denominator : {"paper", "decayed_gradient", "gradient", "momentum"}
-        What the length of a layer is divided by.
-    lr_placement : {"inside", "outside"}
-        Whether the rate multiplies what enters the momentum buffer or what leaves it.
-    nesterov, dampening, clip, threshold
-        Nesterov's momentum, dampening of the buffer, LARC's clipping of the ratio, and
-        the length up to which a layer is not adapted.
+    {momentum:threshold}
     adapt, decay : None, bool, pattern, sequence of patterns, or callable
         Which layers get a trust ratio and which are decayed, see
         `larskit.select.select`; names are dotted paths, ``"encoder.0.weight"``. None
         (default): those of two or more dimensions.
-    maximize : bool
-        Climb instead of descend.
+    {maximize}
 
     Returns
     -------
@@ -264,26 +255,14 @@ def update(
     >>> params["bias"], state.count
     (array([-0.5,  0.5]), 1)
     """
-    config = Config(
-        momentum=momentum,
-        weight_decay=weight_decay,
-        trust_coefficient=trust_coefficient,
-        eps=eps,
-        denominator=denominator,
-        lr_placement=lr_placement,
-        nesterov=nesterov,
-        dampening=dampening,
-        clip=clip,
-        threshold=threshold,
-        maximize=maximize,
-    )
+    config = Config.pick(locals()).at_step(state.count)
     layers = Layers(params, "params")
     rows = zip(
         layers.arrays,
         layers.arrays_of(grads, "grads"),
         layers.arrays_of(state.momentum, "state.momentum"),
         layers.rates(lr, "lr"),
-        layers.configs(at_step(config, state.count), adapt, decay),
+        layers.configs(config, adapt, decay),
         strict=True,
     )
     moved = _moved(list(rows))

@@ -7,12 +7,11 @@ step of a PyTorch optimizer, `GradientLARS.transform` in a chain of optax.
 import sys
 from collections.abc import Callable
 from operator import is_not
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from larskit import engines, norms
 from larskit.arrays import stop_gradient, unwritable
 from larskit.config import Config
-from larskit.rule import scaled_gradient
 
 if TYPE_CHECKING:
     from larskit.torch.attach import Attachment
@@ -241,45 +240,14 @@ class GradientLARS:
             Without JAX.
         """
         try:
-            from jax import tree_util
+            from larskit.jax.transform import rescaling
         except ImportError as why:
             raise ImportError(
                 "GradientLARS.transform needs JAX: pip install 'larskit[jax]'"
             ) from why
-
-        def init(params: Any) -> Any:
-            return ()
-
-        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-            if params is None:
-                raise ValueError(
-                    "params is None, expected the weights, whose norms LARS needs: "
-                    "call update(updates, state, params)"
-                )
-            config = self.config()
-
-            def rescaled(path: Any, g: Any, w: Any) -> Any:
-                if g is None:
-                    return None
-                where = tree_util.keystr(path)
-                norms.check_gradient(w, g, f"params{where}", f"updates{where}")
-                return scaled_gradient(w, g, config)
-
-            new = tree_util.tree_map_with_path(
-                rescaled, updates, params, is_leaf=lambda x: x is None
-            )
-            return new, state
-
-        return Transformation(init, update)
+        return rescaling(self.config)
 
 
 def _bound(w: Any, g: Any, config: Config) -> engines.Group:
     layers = engines.Layers([w], [g], [None], [True], [True])
     return engines.choose(layers, config, scales_gradients=True)
-
-
-class Transformation(NamedTuple):
-    """The pair of functions that optax calls a gradient transformation."""
-
-    init: Callable[[Any], Any]
-    update: Callable[..., tuple[Any, Any]]

@@ -26,7 +26,6 @@ from larskit.arrays import (
     Scalar,
     cast,
     dtype_name,
-    is_array,
     namespace,
     norm_dtype,
     scalar,
@@ -238,15 +237,6 @@ def rounded(ratio: Array, like: Array) -> Array:
     """Round a ratio, once, to the real dtype that `like` is stepped in."""
     to_float32 = dtype_name(like) not in ("float64", "complex128")
     return cast(ratio, "float32" if to_float32 else norm_dtype(like))
-
-
-def at_step(config: Config, count: Scalar) -> Config:
-    """Return `config` without its dampening where `count`, the steps taken, is 0."""
-    if is_zero(config.dampening) or config.denominator == "momentum":
-        return config
-    later = count > 0
-    later = cast(later, norm_dtype(later)) if is_array(later) else later
-    return replace(config, dampening=config.dampening * later)
 
 
 def _accumulate(v: Array | None, x: Array, config: Config) -> tuple[Array, Array]:

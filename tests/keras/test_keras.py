@@ -16,6 +16,7 @@ import torch
 
 import larskit.jax
 import larskit.torch
+from larskit.config import Config
 from larskit.jax import TrainVar
 from larskit.state import load_optimizer, read_state, save_optimizer
 
@@ -421,6 +422,19 @@ def test_what_was_chosen_goes_with_the_choice():
     other.decay = False
     found = train(other, variables(), range(STEPS))
     assert_close(found, reference(**{**EVERY, "decay": False})[-1])
+
+
+def test_configurations_are_made_again_only_after_a_change(monkeypatch):
+    variables = [keras.Variable(np.ones((2, 2))), keras.Variable(np.ones(2))]
+    optimizer = LARS(1.0)
+    optimizer.apply([np.ones((2, 2)), np.ones(2)], variables)
+    made = []
+    monkeypatch.setattr(Config, "__post_init__", lambda self: made.append(self))
+    optimizer.apply([np.ones((2, 2)), np.ones(2)])
+    assert made == []
+    optimizer.eps = 0.5
+    optimizer.apply([np.ones((2, 2)), np.ones(2)])
+    assert {config.eps for config in made} == {0.5}
 
 
 def test_hyperparameters_may_be_set_between_steps():

@@ -29,6 +29,16 @@ def modules(*names: str) -> None:
     loaded()
 
 
+def star() -> None:
+    """Import all public names, and use a module that is imported when it is used."""
+    scope: dict[str, Any] = {}
+    exec("from larskit import *", scope)
+    assert scope["lars_update"].__name__ == "lars_update"
+    larskit = importlib.import_module("larskit")
+    assert larskit.state.save_optimizer.__module__ == "larskit.state.portable"
+    loaded()
+
+
 def light() -> None:
     """Print which packages larskit loads beside NumPy, and how many modules."""
     importlib.import_module("numpy")

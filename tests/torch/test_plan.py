@@ -170,7 +170,8 @@ def test_a_learning_rate_on_the_device_is_read_there():
     p.grad = torch.empty_like(p)
     with pytest.raises(RuntimeError, match=r"lr is on the device cpu.*move it to meta"):
         LARS([p], lr, capturable=True).step()
-    with pytest.raises(RuntimeError, match="fused=True, but the native engine reads lr on the host"):
+    message = "fused=True, but the native engine reads lr on the host"
+    with pytest.raises(RuntimeError, match=message):
         LARS(params, lr, capturable=True, fused=True).step()
 
 

@@ -18,7 +18,6 @@ from larskit.app.data import Data
 from larskit.app.ranks import Ranks, Shard, place
 from larskit.app.settings import Settings
 from larskit.torch import LARS
-from larskit.torch.bucket import is_selected
 
 EVALUATED_AT_ONCE, SETTLED_ON = 256, 8192
 
@@ -292,8 +291,8 @@ class Trainer:
         return [
             stats[name].trust_ratio
             for group in self.optimizer.param_groups
-            for row, name in enumerate(group["param_names"])
-            if is_selected(group, "adapt", row)
+            if group["adapt"]
+            for name in group["param_names"]
         ]
 
     def _end_epoch(self) -> None:

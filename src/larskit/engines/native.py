@@ -181,7 +181,7 @@ class Group:
         self._fixed = self._snapshot()
 
     def _snapshot(self) -> list[Array] | None:
-        """Keep what `rebind` compares, where torch can be asked without Python calls."""
+        """Keep what `rebind` compares, if torch describes tensors to C++."""
         if self._torch is None:
             return None
         exchange = getattr(self._torch.Tensor, "__dlpack_c_exchange_api__", None)

@@ -126,12 +126,7 @@ class LARS(Node):
     ) -> None:
         """Start from momenta of zero."""
         super().__init__()
-        self.config = Config(
-            momentum=momentum,
-            weight_decay=weight_decay,
-            trust_coefficient=tc,
-            eps=eps,
-        )
+        self.config = Config.pick(locals(), trust_coefficient=tc)
         self.lr = lr
         self.step_count = Variable(0, "int32")
         self.vars_to_train = {}

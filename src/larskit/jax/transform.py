@@ -1,6 +1,6 @@
 """LARS as gradient transformations in optax's form, without optax."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,22 +12,45 @@ from jax import export
 from jax.tree_util import keystr
 
 from larskit import rule
-from larskit.arrays import cast, check_floating, check_shape, dtype_name
-from larskit.config import Config, Denominator, LrPlacement, check_lr, is_zero
-from larskit.hook import Transformation
+from larskit.arrays import (
+    Array,
+    Scalar,
+    cast,
+    check_array,
+    check_floating,
+    check_shape,
+    dtype_name,
+)
+from larskit.config import (
+    Config,
+    Denominator,
+    LrPlacement,
+    check_lr,
+    documented,
+    is_zero,
+)
 from larskit.norm import root, sum_of_squares
 from larskit.norms import mesh
-from larskit.rule import at_step
-from larskit.select import check_matched, select
+from larskit.select import Selection, check_matched, select
+from larskit.tree import Tree
 
+Structure = Any  # a PyTreeDef of JAX
 Schedule = Any  # a number, an array of shape (), or a callable of the step count
+PerArray = Any  # a value for all arrays, one by pattern, or a callable (name, array)
+
+
+class Transformation(NamedTuple):
+    """The pair of functions that optax calls a gradient transformation."""
+
+    init: Callable[[Tree], Any]
+    update: Callable[..., tuple[Tree, Any]]
 
 
 class LarsState(NamedTuple):
     """The number of steps taken, and the momentum of each layer."""
 
-    count: Any
-    momentum: Any
+    count: Scalar
+    momentum: Tree
 
 
 class ScaleByLarsState(NamedTuple):
@@ -40,25 +63,26 @@ for _state in (LarsState, ScaleByLarsState):
     )
 
 
+@documented
 def lars(
     learning_rate: Schedule,
-    momentum: Any = Config.momentum,
+    momentum: Scalar = Config.momentum,
     weight_decay: Schedule = Config.weight_decay,
-    trust_coefficient: Any = Config.trust_coefficient,
-    eps: Any = Config.eps,
+    trust_coefficient: Scalar = Config.trust_coefficient,
+    eps: Scalar = Config.eps,
     *,
     denominator: Denominator = Config.denominator,
     lr_placement: LrPlacement = Config.lr_placement,
     nesterov: bool = Config.nesterov,
-    dampening: Any = Config.dampening,
+    dampening: Scalar = Config.dampening,
     clip: bool = Config.clip,
-    threshold: Any = Config.threshold,
-    adapt: Any = None,
-    decay: Any = None,
+    threshold: Scalar = Config.threshold,
+    adapt: Selection | Tree = None,
+    decay: Selection | Tree = None,
     maximize: bool = Config.maximize,
     accumulator_dtype: Any = None,
-    layer_axis: Any = None,
-    axis_names: Any = None,
+    layer_axis: PerArray = None,
+    axis_names: PerArray = None,
 ) -> Transformation:
     """Return LARS in optax's form: ``(init, update)``.
 
@@ -68,24 +92,16 @@ def lars(
     ----------
     learning_rate : float, array of shape (), or callable
         At least 0; a callable gets the number of steps taken, from 0.
-    momentum, trust_coefficient, eps : float, or array of shape ()
-        See `larskit.config.Config`, as for the keywords down to `threshold`.
-    weight_decay : float, array of shape (), or callable
-        As `learning_rate`.
-    denominator : {"paper", "decayed_gradient", "gradient", "momentum"}
-        What the length of a layer is divided by.
-    lr_placement : {"inside", "outside"}
-        Whether the rate multiplies what enters the momentum buffer or what leaves it.
-    nesterov, dampening, clip, threshold
-        Nesterov's momentum, dampening of the buffer, LARC's clipping of the ratio, and
-        the length up to which a layer is not adapted.
+    {momentum}
+    weight_decay : float, 0-d array, or callable, default=0.0
+        wd, at least 0; a callable as for `learning_rate`.
+    {trust_coefficient:threshold}
     adapt, decay : None, bool, pattern, sequence of patterns, callable, or tree of bool
         Which layers get a trust ratio and which are decayed, see
         `larskit.select.select`; names are paths, ``"encoder.0.kernel"``. None
         (default): those of two or more dimensions. A tree of bools is a prefix of the
         parameters'.
-    maximize : bool
-        Climb instead of descend.
+    {maximize}
     accumulator_dtype : dtype, optional
         Of the momentum; by default that of the parameters.
     layer_axis : int, mapping of pattern to int, or callable, optional
@@ -119,25 +135,14 @@ def lars(
     >>> updates, state = optimizer.update(grads, state, params)
     >>> params = jax.tree.map(jax.numpy.add, params, updates)  # optax.apply_updates
     """
-    config = Config(
-        momentum=momentum,
-        weight_decay=0.0 if callable(weight_decay) else weight_decay,
-        trust_coefficient=trust_coefficient,
-        eps=eps,
-        denominator=denominator,
-        lr_placement=lr_placement,
-        nesterov=nesterov,
-        dampening=dampening,
-        clip=clip,
-        threshold=threshold,
-        maximize=maximize,
-    )
+    fixed = {"weight_decay": 0.0} if callable(weight_decay) else {}
+    config = Config.pick(locals(), **fixed)
     if not callable(learning_rate):
         check_lr(learning_rate, "learning_rate")
     keeps = not is_zero(momentum)
     layers = partial(_layers, adapt, decay, layer_axis, axis_names)
 
-    def init(params: Any) -> LarsState:
+    def init(params: Tree) -> LarsState:
         zeros = partial(jnp.zeros_like, dtype=accumulator_dtype)
         found, structure = layers(params)
         buffers = [zeros(layer.array) for layer in found]
@@ -145,10 +150,10 @@ def lars(
         return LarsState(jnp.zeros((), jnp.int32), kept)
 
     def update(
-        updates: Any, state: LarsState, params: Any = None
-    ) -> tuple[Any, LarsState]:
+        updates: Tree, state: LarsState, params: Tree = None
+    ) -> tuple[Tree, LarsState]:
         rate, wd = (_now(x, state.count) for x in (learning_rate, weight_decay))
-        now = at_step(replace(config, weight_decay=wd), state.count)
+        now = replace(config, weight_decay=wd).at_step(state.count)
         found, structure = layers(params)
         grads = _matched(found, structure, updates, "updates")
         buffers = [None] * len(found)
@@ -162,17 +167,18 @@ def lars(
     return Transformation(init, update)
 
 
+@documented
 def scale_by_lars(
-    weight_decay: Any = Config.weight_decay,
-    trust_coefficient: Any = Config.trust_coefficient,
-    eps: Any = Config.eps,
+    weight_decay: Scalar = Config.weight_decay,
+    trust_coefficient: Scalar = Config.trust_coefficient,
+    eps: Scalar = Config.eps,
     *,
     denominator: Denominator = Config.denominator,
-    threshold: Any = Config.threshold,
-    adapt: Any = None,
-    decay: Any = None,
-    layer_axis: Any = None,
-    axis_names: Any = None,
+    threshold: Scalar = Config.threshold,
+    adapt: Selection | Tree = None,
+    decay: Selection | Tree = None,
+    layer_axis: PerArray = None,
+    axis_names: PerArray = None,
 ) -> Transformation:
     """Return the trust ratios alone: each gradient becomes ``r * (g + wd*w)``.
 
@@ -182,8 +188,8 @@ def scale_by_lars(
 
     Parameters
     ----------
-    weight_decay, trust_coefficient, eps, denominator, threshold
-        As those of `lars`; no callables, and no ``denominator="momentum"``.
+    {weight_decay:denominator}
+    {threshold}
     adapt, decay, layer_axis, axis_names
         As those of `lars`.
 
@@ -194,17 +200,9 @@ def scale_by_lars(
     Raises
     ------
     ValueError, TypeError
-        As `lars` does.
+        As `lars` does, and for ``denominator="momentum"``.
     """
-    config = Config(
-        momentum=0.0,
-        weight_decay=weight_decay,
-        trust_coefficient=trust_coefficient,
-        eps=eps,
-        denominator=denominator,
-        lr_placement="outside",
-        threshold=threshold,
-    )
+    config = Config.pick(locals(), momentum=0.0, lr_placement="outside")
     if denominator == "momentum":
         raise ValueError(
             "denominator='momentum' measures a buffer, but scale_by_lars keeps none: "
@@ -212,13 +210,13 @@ def scale_by_lars(
         )
     layers = partial(_layers, adapt, decay, layer_axis, axis_names)
 
-    def init(params: Any) -> ScaleByLarsState:
+    def init(params: Tree) -> ScaleByLarsState:
         layers(params)
         return ScaleByLarsState()
 
     def update(
-        updates: Any, state: ScaleByLarsState, params: Any = None
-    ) -> tuple[Any, ScaleByLarsState]:
+        updates: Tree, state: ScaleByLarsState, params: Tree = None
+    ) -> tuple[Tree, ScaleByLarsState]:
         found, structure = layers(params)
         grads = _matched(found, structure, updates, "updates")
         y, _ = _descent(found, grads, [None] * len(found), 1.0, config)
@@ -227,7 +225,50 @@ def scale_by_lars(
     return Transformation(init, update)
 
 
-def _now(value: Schedule, count: Any) -> Any:
+def rescaling(config: Callable[[], Config]) -> Transformation:
+    """Return `larskit.GradientLARS` as a transformation; it has no state.
+
+    Parameters
+    ----------
+    config : callable
+        Returns the hyper-parameters; called at each update.
+    """
+
+    def init(params: Tree) -> tuple[()]:
+        return ()
+
+    def update(
+        updates: Tree, state: tuple[()], params: Tree = None
+    ) -> tuple[Tree, tuple[()]]:
+        _check_given(params)
+        now = config()
+
+        def rescaled(path: Any, g: Array, w: Array) -> Array:
+            if g is None:
+                return None
+            g_name, w_name = (f"{tree}{keystr(path)}" for tree in ("updates", "params"))
+            check_array(w, w_name)
+            check_array(g, g_name)
+            check_shape(g, w, g_name, w_name)
+            return rule.scaled_gradient(w, g, now)
+
+        new = jax.tree_util.tree_map_with_path(
+            rescaled, updates, params, is_leaf=lambda x: x is None
+        )
+        return new, state
+
+    return Transformation(init, update)
+
+
+def _check_given(params: Tree) -> None:
+    if params is None:
+        raise ValueError(
+            "params is None, but LARS measures the parameters: call "
+            "update(grads, state, params)"
+        )
+
+
+def _now(value: Schedule, count: Scalar) -> Scalar:
     return value(count) if callable(value) else value
 
 
@@ -235,7 +276,7 @@ class _Layer(NamedTuple):
     """An array of parameters: one layer, or several along an axis."""
 
     name: str
-    array: Any
+    array: Array
     axis: int | None
     mesh_axes: tuple[str, ...]
     adapt: bool
@@ -243,14 +284,14 @@ class _Layer(NamedTuple):
 
 
 def _layers(
-    adapt: Any, decay: Any, layer_axis: Any, axis_names: Any, params: Any
-) -> tuple[list[_Layer], Any]:
+    adapt: Selection | Tree,
+    decay: Selection | Tree,
+    layer_axis: PerArray,
+    axis_names: PerArray,
+    params: Tree,
+) -> tuple[list[_Layer], Structure]:
     """Return the layers of a tree of parameters, and its structure."""
-    if params is None:
-        raise ValueError(
-            "params is None, but LARS measures the parameters: call "
-            "update(grads, state, params)"
-        )
+    _check_given(params)
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     names = [keystr(path, simple=True, separator=".") for path, _ in leaves]
     arrays = [w for _, w in leaves]
@@ -269,7 +310,9 @@ def _layers(
     return list(map(_Layer, names, arrays, axes, mesh_axes, *flags)), structure
 
 
-def _chosen(choice: Any, names: list[str], arrays: list[Any], what: str) -> list[Any]:
+def _chosen(
+    choice: PerArray, names: list[str], arrays: list[Array], what: str
+) -> list[Any]:
     """Return what is chosen for each array: for all, by pattern, or by a call."""
     if callable(choice):
         return list(map(choice, names, arrays))
@@ -284,7 +327,7 @@ def _chosen(choice: Any, names: list[str], arrays: list[Any], what: str) -> list
     return found
 
 
-def _slice(name: str, w: Any, axis: int | None) -> Any:
+def _slice(name: str, w: Array, axis: int | None) -> jax.ShapeDtypeStruct:
     """Return the shape of one layer of an array."""
     shape = jnp.shape(w)
     if axis is None:
@@ -299,7 +342,11 @@ def _slice(name: str, w: Any, axis: int | None) -> Any:
 
 
 def _flags(
-    choice: Any, params: Any, names: list[str], slices: list[Any], what: str
+    choice: Selection | Tree,
+    params: Tree,
+    names: list[str],
+    slices: list[jax.ShapeDtypeStruct],
+    what: str,
 ) -> Sequence[bool]:
     if _is_mask(choice):
         return jax.tree_util.tree_leaves(
@@ -314,13 +361,15 @@ def _flags(
     return selected
 
 
-def _is_mask(choice: Any) -> bool:
+def _is_mask(choice: Selection | Tree) -> bool:
     leaves = jax.tree_util.tree_leaves(choice)
     flags = [isinstance(x, (bool, np.bool_)) for x in leaves]
     return bool(flags) and all(flags) and not isinstance(choice, bool)
 
 
-def _matched(layers: list[_Layer], structure: Any, tree: Any, what: str) -> list[Any]:
+def _matched(
+    layers: list[_Layer], structure: Structure, tree: Tree, what: str
+) -> list[Array]:
     """Return the arrays that a tree has for the layers; None where it has none."""
     try:
         leaves = structure.flatten_up_to(tree)
@@ -333,8 +382,12 @@ def _matched(layers: list[_Layer], structure: Any, tree: Any, what: str) -> list
 
 
 def _descent(
-    layers: list[_Layer], grads: list[Any], buffers: list[Any], lr: Any, config: Config
-) -> tuple[list[Any], list[Any]]:
+    layers: list[_Layer],
+    grads: list[Array],
+    buffers: list[Array],
+    lr: Scalar,
+    config: Config,
+) -> tuple[list[Array], list[Array]]:
     """Return what to subtract from the parameters, and the new momentum."""
     configs = [replace(config, adapt=x.adapt, decay=x.decay) for x in layers]
     new, kept = [None] * len(layers), list(buffers)
@@ -348,7 +401,11 @@ def _descent(
 
 
 def _norms(
-    rows: list[int], layers: list[_Layer], grads: Any, buffers: Any, configs: Any
+    rows: list[int],
+    layers: list[_Layer],
+    grads: list[Array],
+    buffers: list[Array],
+    configs: list[Config],
 ) -> list[rule.Norms]:
     """Return the norms of whole layers, which broadcast to their arrays."""
     w = [layers[i].array for i in rows]
@@ -366,14 +423,14 @@ def _norms(
     return list(zip(norms[: len(rows)], norms[len(rows) :], strict=True))
 
 
-def _squares(axis: int | None, x: Any) -> Any:
+def _squares(axis: int | None, x: Array) -> Array:
     """Return the sum of squares of a layer, or of each along an axis."""
     if axis is None:
         return sum_of_squares(x)
     return jax.vmap(sum_of_squares, axis)(x)
 
 
-def _along(axis: int | None, norms: Any, w: Any) -> Any:
+def _along(axis: int | None, norms: Array, w: Array) -> Array:
     """Return a norm for each layer along an axis, which broadcasts to the array."""
     if axis is None:
         return norms

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import keras
@@ -10,23 +11,23 @@ from larskit import rule
 from larskit.arrays import cast, check_floating, dtype_name, widen
 from larskit.config import (
     NAMES,
+    PER_LAYER,
+    SHARED,
     Config,
     Denominator,
     LrPlacement,
     check_lr,
+    documented,
     is_number,
 )
 from larskit.keras import portable
 from larskit.keras.variables import dense, path_of, tensor
-from larskit.rule import at_step
 from larskit.select import Selection, check_matched, select
 from larskit.state import Names, PortableState
 from larskit.state.portable import hyperparameters
 
-_PER_LAYER = ("adapt", "decay")
-_SHARED = tuple(name for name in NAMES if name not in (*_PER_LAYER, "zero_guard"))
 
-
+@documented
 @keras.saving.register_keras_serializable(package="larskit")
 class LARS(keras.optimizers.Optimizer):
     """Layer-wise adaptive rate scaling.
@@ -39,24 +40,14 @@ class LARS(keras.optimizers.Optimizer):
     learning_rate : float, LearningRateSchedule, or callable
         Learning rate, at least 0; a callable takes no arguments. With the default trust
         coefficient good rates are about a hundred times those of SGD, 1 to 30.
-    momentum, weight_decay, trust_coefficient, eps
-        See `larskit.config.Config`, as for the keywords down to `threshold`. The decay
-        is part of the gradient; that of Keras's base class does not come on top.
-    denominator : {"paper", "decayed_gradient", "gradient", "momentum"}
-        What the length of a layer is divided by.
-    lr_placement : {"inside", "outside"}
-        Whether the rate multiplies what enters the momentum buffer or what leaves it.
-    nesterov, dampening, clip, threshold
-        Nesterov's momentum, dampening of the buffer, LARC's clipping of the ratio, and
-        the length up to which a layer is not adapted.
+    {momentum:threshold}
     adapt, decay : None, bool, pattern, sequence of patterns, or callable
         Which layers get a trust ratio and which are decayed. None (default): those of
         two or more dimensions. True: all. False: none. A pattern of ``variable.path``
         (`fnmatch`, or a compiled expression), or a callable ``(path, variable) ->
         bool``, which must be registered with Keras if the optimizer is to be saved. A
         layer that is not adapted steps at the raw learning rate.
-    maximize : bool
-        Climb instead of descend.
+    {maximize}
     name : str
         The optimizer's name.
     **base_kwargs
@@ -71,6 +62,8 @@ class LARS(keras.optimizers.Optimizer):
 
     Notes
     -----
+    Weight decay is applied once, by the rule, and not again by Keras's base class.
+
     Hyper-parameters are attributes and may be set between steps, `adapt` and `decay`
     until the optimizer is built; what Keras has compiled does not see it.
 
@@ -91,6 +84,8 @@ class LARS(keras.optimizers.Optimizer):
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(2)])
     >>> model.compile(larskit.keras.LARS(2.0, weight_decay=1e-4), loss="mse")
     """
+
+    _configs: list[Config] | None = None  # of the variables; None: to be made again
 
     def __init__(
         self,
@@ -113,9 +108,9 @@ class LARS(keras.optimizers.Optimizer):
         **base_kwargs: Any,
     ) -> None:
         """Check the arguments."""
-        given = {key: value for key, value in locals().items() if key in NAMES}
-        Config(**{key: given[key] for key in _SHARED})
-        for key in _PER_LAYER:
+        given = {name: x for name, x in locals().items() if name in NAMES}
+        Config.pick(given)
+        for key in PER_LAYER:
             select(given[key], [], [], key)
         check_lr(learning_rate, "learning_rate")
         if is_number(learning_rate):
@@ -219,7 +214,7 @@ class LARS(keras.optimizers.Optimizer):
         former = [path for path, *_ in self._chosen]
         if self._chosen_by == self._choice() and _end_alike(paths, former):
             return self._chosen
-        adapt, decay = (self._selected(key, variables) for key in _PER_LAYER)
+        adapt, decay = (self._selected(key, variables) for key in PER_LAYER)
         return [list(row) for row in zip(paths, adapt, decay, strict=True)]
 
     def _selected(self, what: str, variables: Sequence[Any]) -> Sequence[bool]:
@@ -235,11 +230,20 @@ class LARS(keras.optimizers.Optimizer):
             )
         return [a and not b for a, b in zip(chosen, out, strict=True)]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a new hyper-parameter counts from the next step."""
+        super().__setattr__(name, value)
+        if name in (*SHARED, "_chosen"):
+            self.__dict__["_configs"] = None
+
     def _config(self, index: int) -> Config:
         """Return the hyper-parameters of one variable."""
-        _, adapt, decay = self._chosen[index]
-        shared = {key: getattr(self, key) for key in _SHARED}
-        return Config(**shared, adapt=adapt, decay=decay)
+        configs = self._configs
+        if configs is None:
+            shared = Config.pick(vars(self))
+            configs = [replace(shared, adapt=a, decay=d) for _, a, d in self._chosen]
+            self.__dict__["_configs"] = configs  # which Keras need not track
+        return configs[index]
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         """Move the variables one step along their gradients.
@@ -260,7 +264,7 @@ class LARS(keras.optimizers.Optimizer):
         buffer = self.momentums[index]
         w, v, lr = map(tensor, (variable, buffer, learning_rate))
         g = cast(tensor(gradient), dtype_name(widen(w)))
-        config = at_step(self._config(index), tensor(self.iterations))
+        config = self._config(index).at_step(tensor(self.iterations))
         new_w, new_v, _ = rule.step(w, g, v, lr, config)
         self.assign(variable, new_w)
         self.assign(buffer, new_v)
@@ -281,8 +285,7 @@ class LARS(keras.optimizers.Optimizer):
         ValueError
             `adapt` or `decay` is a function that is not registered with Keras.
         """
-        shared = Config(**{key: getattr(self, key) for key in _SHARED})
-        plain = hyperparameters(None, shared)
+        plain = hyperparameters(None, Config.pick(vars(self)))
         choice = {
             "adapt": _saved(self.adapt, "adapt"),
             "decay": _saved(self.decay, "decay"),
@@ -291,7 +294,7 @@ class LARS(keras.optimizers.Optimizer):
         }
         return {
             **super().get_config(),
-            **{key: plain[key] for key in _SHARED},
+            **{key: plain[key] for key in SHARED},
             **choice,
             "chosen": [list(row) for row in self._chosen],
             "chosen_by": choice if self._chosen_by == self._choice() else None,
@@ -315,8 +318,8 @@ class LARS(keras.optimizers.Optimizer):
         config = dict(config)
         by, chosen = config.pop("chosen_by", None), config.pop("chosen", ())
         same = by is not None and all(config.get(key) == by[key] for key in by)
-        excluded = {key: config.pop(f"excluded_{key}", ()) for key in _PER_LAYER}
-        for key in _PER_LAYER:
+        excluded = {key: config.pop(f"excluded_{key}", ()) for key in PER_LAYER}
+        for key in PER_LAYER:
             config[key] = _restored(config.get(key), custom_objects)
         optimizer = super().from_config(config, custom_objects)
         optimizer._excluded_adapt = excluded["adapt"]

@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from larskit.arrays import check_floating, is_array
+from larskit.arrays import check_array, check_shape
 
 
 def is_sharded(x: Any) -> bool:
@@ -43,15 +43,9 @@ def check_gradient(w: Any, g: Any, w_name: str, g_name: str) -> None:
         One of them is no array of a floating dtype, or they differ in shape or in the
         mesh that they are distributed over.
     """
-    for x, name in ((w, w_name), (g, g_name)):
-        if not is_array(x):
-            raise TypeError(f"{name} is a {type(x).__name__}, expected an array")
-        check_floating(x, name)
-    if tuple(g.shape) != tuple(w.shape):
-        raise ValueError(
-            f"{g_name} has the shape {tuple(g.shape)}, expected that of {w_name}, "
-            f"{tuple(w.shape)}"
-        )
+    check_array(w, w_name)
+    check_array(g, g_name)
+    check_shape(g, w, g_name, w_name)
     if _mesh(w) != _mesh(g):
         raise TypeError(
             f"{g_name} is a {type(g).__name__} on the mesh {_mesh(g)}, but {w_name} a "
