@@ -18,6 +18,10 @@ constexpr std::int64_t undivided = 256 * 1024;
 // where results are measured, so that they are read from the cache.
 constexpr std::int64_t chunk = 64;
 
+// In elements: new arrays of a group as large as this are written past the caches. Of
+// smaller ones the caches still hold a part when the next reader comes.
+constexpr std::int64_t past_caches = 8 * 1024 * 1024;
+
 std::int64_t blocks(const Layer &layer) {
   return std::max<std::int64_t>(1, (layer.size + block - 1) / block);
 }
@@ -100,7 +104,9 @@ void Batch::step(const Options &o, Stats *stats, int threads, bool update_norms,
 }
 
 void Batch::scale(const Options &o, Stats *stats, int threads) {
-  run(Call(o, stats, loops_.scale), threads);
+  const bool in_place = layers.front().result == layers.front().gradient;
+  const bool cached = in_place || size_ < past_caches;
+  run(Call(o, stats, cached ? loops_.scale : loops_.scale_past_caches), threads);
 }
 
 void Batch::run(const Call &call, int threads) {
@@ -154,17 +160,20 @@ void Batch::perform(const Call &call, const Task &task) {
     write(call, {task.layer, std::max(task.first, last - chunk), last, false, true});
 }
 
-// The last thread to measure a part of the layer adds up the sums of all.
+// Weights and gradient take turns, block by block: while one is summed up, the other is on
+// its way from memory. The last thread to measure a part adds up the sums of all parts.
 void Batch::measure(const Call &call, const Task &task) {
   const int i = task.layer;
   const Layer &layer = layers[i];
   const Options &o = call.options(layer);
   Stats &stats = call.stats[i];
   const std::int64_t n = task.last - task.first;
-  if (stats.weight_norm < 0)
-    loops_.weights(o, layer, task.first, task.last, sums(i, of_weights));
-  if (stats.gradient_norm < 0)
-    loops_.gradient(o, layer, task.first, task.last, sums(i, of_gradient));
+  for (std::int64_t k = task.first; k < task.last; ++k) {
+    if (stats.weight_norm < 0)
+      loops_.weights(o, layer, k, k + 1, sums(i, of_weights));
+    if (stats.gradient_norm < 0)
+      loops_.gradient(o, layer, k, k + 1, sums(i, of_gradient));
+  }
   if (progress_[i].unmeasured.fetch_sub(n) != n)
     return;
   if (stats.weight_norm < 0)

@@ -69,7 +69,7 @@ struct Loops {
                          std::int64_t first, std::int64_t last, double *sums);
   const char *name;
   Measure weights, gradient, result;
-  Write step, scale;
+  Write step, scale, scale_past_caches;
 };
 
 const Loops &loops_baseline(Dtype weights, Dtype gradients);

@@ -21,6 +21,12 @@
 #define LARSKIT_IN_PLACE
 #endif
 
+#if defined(__GNUC__)
+#define LARSKIT_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define LARSKIT_PREFETCH(address) (void)(address)
+#endif
+
 namespace larskit {
 namespace {
 
@@ -117,6 +123,27 @@ template <class T, class C> void store(const C *x, std::int64_t n, T *out) {
       narrow(x[i], out[i]);
 }
 
+// Write up to a block past the caches: an array that is larger than they are would first be
+// read into them, and has left them when it is used. Every write must be fenced.
+template <class T> void store_past_caches(const T *x, std::int64_t n, T *out) {
+  std::int64_t i = 0;
+#if defined(__AVX2__)
+  constexpr std::int64_t step = 32 / sizeof(T);
+  if (reinterpret_cast<std::uintptr_t>(out) % 32 == 0)
+    for (; i + step <= n; i += step)
+      _mm256_stream_si256(reinterpret_cast<__m256i *>(out + i),
+                          _mm256_load_si256(reinterpret_cast<const __m256i *>(x + i)));
+#endif
+  for (; i < n; ++i)
+    out[i] = x[i];
+}
+
+inline void fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // As many float64 numbers as a register of AVX2 holds, to which float32 widens faster
 // than to one of AVX-512. The square of a float32 is exact in float64, so that adding it
 // in one fused operation rounds as two operations do. The square of a float64 is not.
@@ -137,7 +164,9 @@ inline Wide add_square(Wide x, Wide sum, float) { return sum + x * x; }
 inline Wide add_square(Wide x, Wide sum, double) { return sum + x * x; }
 
 // norm.sum_of_squares of one block: rows in turn, then the lanes folded in halves. As
-// many lanes go down the rows together as there are registers for their sums.
+// many lanes go down the rows together as there are registers for their sums. A block of
+// float32 fills a page of memory, at whose end the processor stops reading ahead: to ask
+// for the next block takes a sixth off the time of measuring. Its address may be any.
 template <class C> double sum_of_squares(const C *x, std::int64_t n) {
   constexpr int width = sizeof(Wide) / sizeof(double);
   constexpr int together = 8 * width < lanes ? 8 : lanes / width;
@@ -148,9 +177,12 @@ template <class C> double sum_of_squares(const C *x, std::int64_t n) {
   alignas(64) double total[lanes];
   for (int lane = 0; lane < lanes; lane += together * width) {
     Wide sums[together] = {};
-    for (std::int64_t i = lane; i < whole; i += lanes)
+    for (std::int64_t i = lane; i < whole; i += lanes) {
+      for (int j = 0; j < together * width; j += 64 / sizeof(C))
+        LARSKIT_PREFETCH(x + i + j + block);
       for (int j = 0; j < together; ++j)
         sums[j] = add_square(wide(x + i + j * width), sums[j], C());
+    }
     for (int j = 0; j < together; ++j)
         sums[j] = add_square(wide(last + lane + j * width), sums[j], C());
     std::memcpy(total + lane, sums, sizeof sums);
@@ -287,17 +319,24 @@ template <class W, class G, class C> struct Typed {
   // rule.scaled_gradient.
   static void scale(const Options &o, const Layer &layer, double ratio,
                     std::int64_t first, std::int64_t last, double *) {
-    alignas(64) C a[block], b[block], c[block];
-    const C r = C(ratio);
+    alignas(64) C c[block];
     for (std::int64_t k = first; k < last; ++k) {
       std::int64_t n = elements(layer, k);
-      const C *w = read<W>(layer.weights, k, n, a);
-      const C *u = decayed(o, w, read<G>(layer.gradient, k, n, b), n, c);
       G *result = static_cast<G *>(layer.result) + k * block;
-      C *out = place(result, c);
-      LARSKIT_IN_PLACE for (std::int64_t i = 0; i < n; ++i) out[i] = r * u[i];
-      keep(out, n, result);
+      scale_block(o, layer, ratio, k, n, c, result);
     }
+  }
+
+  static void scale_past_caches(const Options &o, const Layer &layer, double ratio,
+                                std::int64_t first, std::int64_t last, double *) {
+    alignas(64) C c[block];
+    alignas(64) G result[block];
+    for (std::int64_t k = first; k < last; ++k) {
+      std::int64_t n = elements(layer, k);
+      scale_block(o, layer, ratio, k, n, c, result);
+      store_past_caches(result, n, static_cast<G *>(layer.result) + k * block);
+    }
+    fence();
   }
 
 private:
@@ -326,6 +365,16 @@ private:
         new_v[i] = moved;
         new_w[i] = w[i] - out * moved;
       }
+  }
+
+  static void scale_block(const Options &o, const Layer &layer, double ratio,
+                          std::int64_t k, std::int64_t n, C *c, G *result) {
+    alignas(64) C a[block], b[block];
+    const C r = C(ratio), *w = read<W>(layer.weights, k, n, a);
+    const C *u = decayed(o, w, read<G>(layer.gradient, k, n, b), n, c);
+    C *out = place(result, c);
+    LARSKIT_IN_PLACE for (std::int64_t i = 0; i < n; ++i) out[i] = r * u[i];
+    keep(out, n, result);
   }
 
   // Where the arithmetic writes its results: into an array of its own dtype at once, else
@@ -363,8 +412,13 @@ private:
 #define LARSKIT_JOIN(a, b) LARSKIT_JOIN_(a, b)
 
 template <class T>
-constexpr Loops table = {LARSKIT_TEXT(LARSKIT_LOOPS), T::weights, T::gradient,
-                         T::result,                   T::step,    T::scale};
+constexpr Loops table = {LARSKIT_TEXT(LARSKIT_LOOPS),
+                         T::weights,
+                         T::gradient,
+                         T::result,
+                         T::step,
+                         T::scale,
+                         T::scale_past_caches};
 
 } // namespace
 
