@@ -56,7 +56,7 @@ ALLOWED = {
     # the optimizers
     "torch": {"torch.backward", "torch.foreign", "torch.groups", "torch.optimizer"},
     "torch.groups": {"select"},
-    "torch.foreign": {"config", "torch.bucket", "torch.plan"},
+    "torch.foreign": {"arrays", "config", "torch.bucket", "torch.plan"},
     "torch.portable": {
         *("arrays", "norms.dtensor", "state", "state.portable"),
         *("torch.bucket", "torch.plan"),
