@@ -80,7 +80,7 @@ ALLOWED = {
     "torch.attach": {"config", "norms", "torch.options", "torch.plan"},
     "torch.backward": {"rule", "torch.options", "torch.plan", "torch.stepper"},
     "torch.describe": {"config", "torch.options", "torch.plan"},
-    "torch.foreign": {"config", "torch.bucket", "torch.options"},
+    "torch.foreign": {"arrays", "config", "torch.bucket", "torch.options"},
     "torch.portable": {
         *("arrays", "norms", "norms.dtensor", "state", "state.portable"),
         *("torch.options", "torch.plan"),

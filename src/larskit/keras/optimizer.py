@@ -8,7 +8,7 @@ from typing import Any, Self
 import keras
 
 from larskit import rule
-from larskit.arrays import cast, check_floating, dtype_name, widen
+from larskit.arrays import Array, Scalar, cast, check_floating, dtype_name, widen
 from larskit.config import (
     NAMES,
     PER_LAYER,
@@ -21,10 +21,15 @@ from larskit.config import (
     is_number,
 )
 from larskit.keras import portable
-from larskit.keras.variables import dense, path_of, tensor
+from larskit.keras.variables import Variable, dense, path_of, tensor
 from larskit.select import Selection, check_matched, select
 from larskit.state import Names, PortableState
 from larskit.state.portable import hyperparameters
+
+Rate = Any  # a number, a schedule of Keras, or a callable without arguments
+Chosen = Sequence[Any]  # of a layer: its path, whether it is adapted, whether decayed
+VarList = Iterable[Variable] | None
+VarNames = Iterable[str] | None
 
 
 @documented
@@ -89,7 +94,7 @@ class LARS(keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        learning_rate: Any,
+        learning_rate: Rate,
         momentum: float = Config.momentum,
         weight_decay: float = Config.weight_decay,
         trust_coefficient: float = Config.trust_coefficient,
@@ -122,11 +127,11 @@ class LARS(keras.optimizers.Optimizer):
             setattr(self, key, value)
         self._excluded_adapt: Sequence[str] = ()
         self._excluded_decay: Sequence[str] = ()
-        self._chosen: Sequence[Any] = ()  # for each layer its path, adapt, decay
+        self._chosen: Sequence[Chosen] = ()
         self._chosen_by: Sequence[Any] = ()
 
     def exclude_from_weight_decay(
-        self, var_list: Iterable[Any] | None = None, var_names: Any = None
+        self, var_list: VarList = None, var_names: VarNames = None
     ) -> None:
         """Leave some of the variables that `decay` selects undecayed.
 
@@ -151,7 +156,7 @@ class LARS(keras.optimizers.Optimizer):
         self._excluded_decay = self._exclusion(var_list, var_names)
 
     def exclude_from_adaptation(
-        self, var_list: Iterable[Any] | None = None, var_names: Any = None
+        self, var_list: VarList = None, var_names: VarNames = None
     ) -> None:
         """Leave some of the variables that `adapt` selects at the raw learning rate.
 
@@ -162,7 +167,7 @@ class LARS(keras.optimizers.Optimizer):
         """
         self._excluded_adapt = self._exclusion(var_list, var_names)
 
-    def _exclusion(self, var_list: Any, var_names: Any) -> Sequence[str]:
+    def _exclusion(self, var_list: VarList, var_names: VarNames) -> Sequence[str]:
         """Return the regular expressions of the paths of what shall be excluded."""
         if self.built:
             raise ValueError(
@@ -177,7 +182,7 @@ class LARS(keras.optimizers.Optimizer):
         exact = [rf"^{re.escape(path_of(variable))}$" for variable in var_list or ()]
         return [re.compile(found).pattern for found in (*exact, *(var_names or ()))]
 
-    def build(self, variables: Sequence[Any]) -> None:
+    def build(self, variables: Sequence[Variable]) -> None:
         """Make the momentum buffers, and decide which layers are adapted and decayed.
 
         Parameters
@@ -204,7 +209,7 @@ class LARS(keras.optimizers.Optimizer):
         """Return all that decides which layers are adapted and which are decayed."""
         return [self.adapt, self.decay, self._excluded_adapt, self._excluded_decay]
 
-    def _choose(self, variables: Sequence[Any]) -> Sequence[Any]:
+    def _choose(self, variables: Sequence[Variable]) -> Sequence[Chosen]:
         """Return the path of each variable, and whether it is adapted and decayed.
 
         For the variables of a loaded model that has been found out before it was saved:
@@ -217,7 +222,7 @@ class LARS(keras.optimizers.Optimizer):
         adapt, decay = (self._selected(key, variables) for key in PER_LAYER)
         return [list(row) for row in zip(paths, adapt, decay, strict=True)]
 
-    def _selected(self, what: str, variables: Sequence[Any]) -> Sequence[bool]:
+    def _selected(self, what: str, variables: Sequence[Variable]) -> Sequence[bool]:
         selection, paths = getattr(self, what), [path_of(x) for x in variables]
         chosen = select(selection, paths, variables, what)
         check_matched(selection, chosen, what)
@@ -245,7 +250,11 @@ class LARS(keras.optimizers.Optimizer):
             self.__dict__["_configs"] = configs  # which Keras need not track
         return configs[index]
 
-    def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
+    def apply(
+        self,
+        grads: Sequence[Array],
+        trainable_variables: Sequence[Variable] | None = None,
+    ) -> None:
         """Move the variables one step along their gradients.
 
         Parameters
@@ -258,7 +267,9 @@ class LARS(keras.optimizers.Optimizer):
         full = [None if g is None else dense(g) for g in grads]
         super().apply(full, trainable_variables)
 
-    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+    def update_step(
+        self, gradient: Array, variable: Variable, learning_rate: Scalar
+    ) -> None:
         """Move one variable; `apply` calls this."""
         index = self._get_variable_index(variable)
         buffer = self.momentums[index]
@@ -269,7 +280,7 @@ class LARS(keras.optimizers.Optimizer):
         self.assign(variable, new_w)
         self.assign(buffer, new_v)
 
-    def _apply_weight_decay(self, variables: Any) -> None:
+    def _apply_weight_decay(self, variables: Sequence[Variable]) -> None:
         """Do nothing, for the rule decays."""
 
     def get_config(self) -> dict[str, Any]:
@@ -375,7 +386,7 @@ def _end_alike(paths: list[str], others: list[str]) -> bool:
     return len(paths) == len(others) and all(alike)
 
 
-def _saved(selection: Any, what: str) -> Any:
+def _saved(selection: Selection, what: str) -> Any:
     """Return a selection in plain values."""
     if isinstance(selection, re.Pattern):
         return {"regex": selection.pattern, "flags": selection.flags}
