@@ -17,6 +17,7 @@ from larskit.arrays import (
     check_floating,
     from_numpy,
     is_array,
+    norm_dtype,
     to_numpy,
 )
 from larskit.config import Config, check_lr, is_number
@@ -31,6 +32,7 @@ from larskit.jax.variables import (
     write,
 )
 from larskit.names import check_same
+from larskit.rule import LayerStats
 from larskit.state import Names, PortableState
 from larskit.state.portable import hyperparameters
 
@@ -116,6 +118,7 @@ class LARS(Node):
 
     config: Config
     vars_to_train: Variables
+    _stats: Variables  # of the last update: |w|, q and the trust ratio of each weight
     step_count: AnyVariable
 
     def __init__(
@@ -134,6 +137,7 @@ class LARS(Node):
         self.lr = lr
         self.step_count = Variable(0, "int32")
         self.vars_to_train = {}
+        self._stats = {}
         self.register_train_vars(train_vars)
         self.name = name
 
@@ -237,6 +241,8 @@ class LARS(Node):
             {f"{key}_m": kind(jnp.zeros_like(read(w))) for key, w in new.items()}
         )
         self.vars_to_train.update(new)
+        norms = {key: norm_dtype(read(w)) for key, w in new.items()}
+        self._stats.update({key: kind(jnp.zeros(3, norms[key])) for key in new})
         if variable_type(self.step_count) is not kind:
             self.step_count = kind(read(self.step_count))
 
@@ -342,12 +348,31 @@ class LARS(Node):
         moved = []
         for key, w in self.vars_to_train.items():
             m = self.implicit_vars[f"{key}_m"]
-            new = rule.step(read(w), fitted[key], read(m), lr, self.config)
-            moved += [(w, new[0]), (m, new[1])]
+            new_w, new_m, stats = rule.step(
+                read(w), fitted[key], read(m), lr, self.config
+            )
+            moved += [(w, new_w), (m, new_m), (self._stats[key], jnp.stack(stats[:3]))]
         for variable, value in (*moved, (self.step_count, read(self.step_count) + 1)):
             write(variable, value)
         if scheduler := getattr(self.__dict__["lr"], "step_call", None):
             scheduler()
+
+    def layer_stats(self) -> dict[str, LayerStats]:
+        """Return the statistics of the last update.
+
+        Returns
+        -------
+        dict of str to LayerStats
+            By the names of the weights: the floats ``weight_norm`` (before the update),
+            ``gradient_norm`` and ``trust_ratio``; ``adapted`` and ``decayed`` are True.
+            Empty before the first update. This waits for the device.
+        """
+        if int(read(self.step_count)) == 0:
+            return {}
+        return {
+            key: LayerStats(*np.asarray(read(stats)).tolist())
+            for key, stats in self._stats.items()
+        }
 
     def portable_state(self) -> PortableState:
         """Return the state in the form that every framework reads.

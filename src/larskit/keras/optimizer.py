@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 import keras
+from keras import ops
 
 from larskit import rule
 from larskit.arrays import Array, Scalar, cast, check_floating, dtype_name, widen
@@ -22,6 +23,8 @@ from larskit.config import (
 )
 from larskit.keras import portable
 from larskit.keras.variables import Variable, dense, path_of, tensor
+from larskit.names import listed
+from larskit.rule import LayerStats
 from larskit.select import Selection, check_matched, select
 from larskit.state import Names, PortableState
 from larskit.state.portable import hyperparameters
@@ -53,6 +56,9 @@ class LARS(keras.optimizers.Optimizer):
         bool``, which must be registered with Keras if the optimizer is to be saved. A
         layer that is not adapted steps at the raw learning rate.
     {maximize}
+    layer_stats : bool, default=False
+        Keep the statistics of the last step in three more numbers for each variable,
+        for the method `layer_stats`.
     name : str
         The optimizer's name.
     **base_kwargs
@@ -109,6 +115,7 @@ class LARS(keras.optimizers.Optimizer):
         adapt: Selection = None,
         decay: Selection = None,
         maximize: bool = Config.maximize,
+        layer_stats: bool = False,
         name: str = "lars",
         **base_kwargs: Any,
     ) -> None:
@@ -125,6 +132,8 @@ class LARS(keras.optimizers.Optimizer):
         )
         for key, value in given.items():
             setattr(self, key, value)
+        self._keeps_stats = bool(layer_stats)
+        self._stats: list[Variable] = []
         self._excluded_adapt: Sequence[str] = ()
         self._excluded_decay: Sequence[str] = ()
         self._chosen: Sequence[Chosen] = ()
@@ -204,6 +213,11 @@ class LARS(keras.optimizers.Optimizer):
         super().build(variables)
         self._chosen, self._chosen_by = chosen, self._choice()
         self.momentums = self.add_optimizer_variables(variables, "momentum")
+        if self._keeps_stats:
+            self._stats = [
+                self.add_variable((3,), dtype="float32", name=f"layer_stats_{i}")
+                for i in range(len(variables))
+            ]
 
     def _choice(self) -> list[Any]:
         """Return all that decides which layers are adapted and which are decayed."""
@@ -276,9 +290,55 @@ class LARS(keras.optimizers.Optimizer):
         w, v, lr = map(tensor, (variable, buffer, learning_rate))
         g = cast(tensor(gradient), dtype_name(widen(w)))
         config = self._config(index).at_step(tensor(self.iterations))
-        new_w, new_v, _ = rule.step(w, g, v, lr, config)
+        new_w, new_v, stats = rule.step(w, g, v, lr, config)
         self.assign(variable, new_w)
         self.assign(buffer, new_v)
+        if self._keeps_stats:
+            numbers = [ops.cast(x, "float32") for x in stats[:3]]
+            self.assign(self._stats[index], ops.stack(numbers))
+
+    def layer_stats(self) -> dict[str, LayerStats]:
+        """Return the statistics of the last step.
+
+        Returns
+        -------
+        dict of str to LayerStats
+            By ``variable.path``: the floats ``weight_norm`` (before the step),
+            ``gradient_norm`` and ``trust_ratio``, in float32, and the bools ``adapted``
+            and ``decayed``. Empty before the first step. This waits for the device.
+
+        Raises
+        ------
+        ValueError
+            The optimizer was not made with ``layer_stats=True``.
+        """
+        if not self._keeps_stats:
+            raise ValueError(
+                f"{self.name!r} keeps no statistics: make it with layer_stats=True"
+            )
+        if not self.built or int(self.iterations) == 0:
+            return {}
+        return {
+            path: LayerStats(*ops.convert_to_numpy(stats).tolist(), adapt, decay)
+            for (path, adapt, decay), stats in zip(
+                self._chosen, self._stats, strict=True
+            )
+        }
+
+    def __repr__(self) -> str:
+        """Show the hyper-parameters, and which variables are excluded."""
+        rate = self._learning_rate
+        if isinstance(rate, keras.Variable):
+            rate = float(ops.convert_to_numpy(rate))
+        shared, plain = vars(Config.pick(vars(self))), vars(Config())
+        options = {name: shared[name] for name in SHARED if shared[name] != plain[name]}
+        shown = {"learning_rate": rate, **options}
+        text = ", ".join(f"{name}={x!r}" for name, x in shown.items())
+        lines = [f"{type(self).__name__}({text}"]
+        for what, place in (("not adapted", 1), ("not decayed", 2)):
+            if paths := [row[0] for row in self._chosen if not row[place]]:
+                lines.append(f"  {what} ({len(paths)}): {listed(paths)}")
+        return "\n".join(lines) + (")" if len(lines) == 1 else "\n)")
 
     def _apply_weight_decay(self, variables: Sequence[Variable]) -> None:
         """Do nothing, for the rule decays."""
@@ -306,6 +366,7 @@ class LARS(keras.optimizers.Optimizer):
         return {
             **super().get_config(),
             **{key: plain[key] for key in SHARED},
+            "layer_stats": self._keeps_stats,
             **choice,
             "chosen": [list(row) for row in self._chosen],
             "chosen_by": choice if self._chosen_by == self._choice() else None,
