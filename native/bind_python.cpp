@@ -4,27 +4,30 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <iterator>
+#include <memory>
 #include <new>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 namespace nb = nanobind;
 using namespace nanobind::literals;
 using namespace larskit;
-using Addresses = std::vector<std::uintptr_t>;
 
 namespace {
 
-// Threads that are inside the kernel, and whether the interpreter is about to end: then
-// nobody may wait for its lock any more.
+// How many threads are inside the kernel, and whether the interpreter is about to end. From
+// then on nobody may wait for its lock: a daemon thread would never get it.
 std::atomic<int> working{0};
 std::atomic<bool> ending{false};
 
@@ -47,8 +50,56 @@ void end() {
   }
 }
 
-// What DLPack lets a framework publish: functions that describe one of its tensors to
-// whoever holds its Python object, without a call through Python.
+// The enumerator whose name is the string `x`; `names` are in the order of the enum.
+template <class E> E named(nb::handle x, std::initializer_list<const char *> names) {
+  const auto name = nb::cast<std::string>(x);
+  int i = 0;
+  for (const char *candidate : names) {
+    if (name == candidate)
+      return E(i);
+    ++i;
+  }
+  throw nb::value_error(("the kernel does not know " + name).c_str());
+}
+
+void read(nb::handle x, Dtype &out) {
+  out = named<Dtype>(x, {"float32", "float64", "bfloat16", "float16"});
+}
+void read(nb::handle x, Denominator &out) {
+  out = named<Denominator>(x, {"paper", "decayed_gradient", "gradient", "momentum"});
+}
+void read(nb::handle x, LrPlacement &out) {
+  out = named<LrPlacement>(x, {"inside", "outside"});
+}
+void read(nb::handle x, bool &out) {
+  const int truth = PyObject_IsTrue(x.ptr());
+  if (truth < 0)
+    throw nb::python_error();
+  out = truth;
+}
+// Also of a tensor with one element, which is read now: it may have another value later.
+void read(nb::handle x, double &out) {
+  const auto number = nb::steal(PyNumber_Float(x.ptr()));
+  if (!number)
+    throw nb::python_error();
+  out = nb::cast<double>(number);
+}
+
+Options options_of(nb::handle config, nb::handle lr) {
+  Options o;
+#define LARSKIT_READ(type, name) read(config.attr(#name), o.name);
+  LARSKIT_FIELDS(LARSKIT_READ)
+#undef LARSKIT_READ
+  read(lr, o.lr);
+  return o;
+}
+
+std::int64_t bytes(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+// What DLPack lets a framework publish: functions that describe one of its tensors to a
+// caller that holds its Python object, without a call through Python.
 struct Exchange {
   std::uint32_t major, minor;
   Exchange *older;
@@ -56,27 +107,27 @@ struct Exchange {
   int (*describe)(void *tensor, nb::dlpack::dltensor *);
 };
 
-// What an array looked like. Another one that looks so can take its place.
-class Look {
+// What is known of an array. Another array of the same description can take its place.
+class Snapshot {
 public:
-  Look(const Exchange &exchange, nb::handle x) : type_(Py_TYPE(x.ptr())) {
+  Snapshot(const Exchange &exchange, nb::handle x) : type_(Py_TYPE(x.ptr())) {
     const auto now = describe(exchange, x);
     data_ = now.data;
     dtype_ = now.dtype;
     device_ = now.device;
-    shape_.assign(now.shape, now.shape + now.ndim);
-    strides_.assign(now.strides, now.strides + now.ndim);
+    dims_ = now.ndim;
+    extents_.assign(now.shape, now.shape + dims_);
+    extents_.insert(extents_.end(), now.strides, now.strides + dims_);
   }
 
   // Sets `data` to where the array begins now.
   bool same(const Exchange &exchange, nb::handle x, void *&data) const {
-    if (Py_TYPE(x.ptr()) != type_)
+    if (Py_TYPE(x.ptr()) != type_) // a subclass may compute otherwise
       return false;
     const auto now = describe(exchange, x);
     data = now.data;
-    return now.ndim == int(shape_.size()) &&
-           std::equal(shape_.begin(), shape_.end(), now.shape) &&
-           std::equal(strides_.begin(), strides_.end(), now.strides) &&
+    return now.ndim == dims_ && std::equal(now.shape, now.shape + dims_, shape()) &&
+           std::equal(now.strides, now.strides + dims_, shape() + dims_) &&
            std::memcmp(&now.dtype, &dtype_, sizeof dtype_) == 0 &&
            std::memcmp(&now.device, &device_, sizeof device_) == 0;
   }
@@ -93,12 +144,14 @@ private:
       throw nb::python_error();
     return out;
   }
+  const std::int64_t *shape() const { return extents_.data(); }
 
   PyTypeObject *type_;
   void *data_;
   nb::dlpack::dtype dtype_;
   nb::dlpack::device device_;
-  std::vector<std::int64_t> shape_, strides_;
+  std::int32_t dims_;
+  std::vector<std::int64_t> extents_; // the shape, then the strides
 };
 
 struct Span {
@@ -106,46 +159,45 @@ struct Span {
   bool operator<(const Span &o) const { return first < o.first; }
 };
 
-// The layers of a group, which stay where they are; only their gradients move. `scales`
-// where the results are gradients, not weights.
+// The addresses of a layer's weights, gradient, buffer, result and new buffer, its size,
+// and whether it is adapted and decayed.
+using Address = std::uintptr_t;
+using Row = std::tuple<Address, Address, Address, Address, Address, std::int64_t, bool,
+                       bool>;
+
+// Layers whose arrays stay where they are; only their gradients may be replaced. `scales`
+// where the results are scaled gradients, not weights, and `in_place` where these are
+// written over the gradients, wherever those are.
 class Group {
 public:
-  Group(Dtype weight_dtype, Dtype gradient_dtype, const Addresses &weights,
-        const Addresses &gradients, const Addresses &buffers, const Addresses &results,
-        const Addresses &new_buffers, const std::vector<std::int64_t> &sizes,
-        const std::vector<bool> &adapt, const std::vector<bool> &decay, bool scales)
-      : gradient_bytes_(bytes(gradient_dtype)), scales_(scales),
-        batch_(weight_dtype, gradient_dtype,
-               layers(weights, gradients, buffers, results, new_buffers, sizes, adapt,
-                      decay)) {
-    const int width = bytes(weight_dtype);
-    for (std::size_t i = 0; i < sizes.size(); ++i) {
-      write(results[i], sizes[i] * (scales ? gradient_bytes_ : width));
-      write(new_buffers[i], sizes[i] * width);
-    }
-    std::sort(written_.begin(), written_.end());
-    for (std::size_t i = 1; i < written_.size(); ++i)
-      collides_ |= written_[i - 1].last > written_[i].first;
-    for (std::size_t i = 0; i < sizes.size(); ++i) {
-      const bool in_place = weights[i] == results[i] && !scales;
-      collides_ |= !in_place && hit(weights[i], sizes[i] * width);
-      collides_ |= buffers[i] != new_buffers[i] && hit(buffers[i], sizes[i] * width);
-    }
+  Group(nb::str dtype, nb::str gradient_dtype, const std::vector<Row> &rows, bool scales,
+        bool in_place)
+      : scales_(scales), scales_in_place_(scales && in_place) {
+    Dtype weights, gradients;
+    read(dtype, weights);
+    read(gradient_dtype, gradients);
+    std::vector<Layer> layers;
+    for (const auto &[w, g, v, result, new_v, size, adapt, decay] : rows)
+      layers.push_back({pointer(w), pointer(g), pointer(v), pointer(result),
+                        pointer(new_v), size, adapt, decay});
+    batch_ = std::make_unique<Batch>(weights, gradients, std::move(layers));
+    bytes_ = bytes(weights);
+    gradient_bytes_ = bytes(gradients);
+    index_written();
   }
 
-  // Whether what is written overlaps something else that is read or written. Threads
-  // would then read what others have written already.
+  // Whether something that is written overlaps with what is read or written elsewhere:
+  // threads would then read what others have written already.
   bool collides() const {
     bool found = collides_;
-    for (const Layer &layer : batch_.layers) {
-      const auto gradient = reinterpret_cast<std::uintptr_t>(layer.gradient);
-      const bool in_place = layer.gradient == layer.result && scales_;
-      found |= !in_place && hit(gradient, layer.size * gradient_bytes_);
-    }
+    for (const Layer &layer : batch_->layers)
+      found |= !(scales_ && layer.gradient == layer.result) &&
+               hit(layer.gradient, layer.size * gradient_bytes_);
     return found;
   }
 
-  // Keep what the arrays look like, for `rebind`; false where this cannot be read.
+  // Describe the arrays, for `rebind`; false where the framework's functions are of
+  // another version.
   bool snapshot(nb::capsule exchange, nb::list fixed, nb::list gradients) {
     exchange_ = static_cast<const Exchange *>(exchange.data());
     while (exchange_ && exchange_->major != 1)
@@ -153,96 +205,105 @@ public:
     if (!exchange_ || !exchange_->describe)
       return false;
     for (nb::handle x : fixed)
-      looks_.emplace_back(*exchange_, x);
+      fixed_.emplace_back(*exchange_, x);
     for (nb::handle x : gradients)
-      gradient_looks_.emplace_back(*exchange_, x);
+      gradients_.emplace_back(*exchange_, x);
     return true;
   }
 
-  // Use other gradients, as many; false if an array looks otherwise than it did, or a
-  // fixed one is elsewhere.
+  // Use other gradients. False where their number or description differs, or that of a
+  // fixed array: the group must then not be used.
   bool rebind(nb::list fixed, nb::list gradients) {
-    auto look = looks_.begin();
+    if (gradients.size() != batch_->layers.size())
+      return false;
+    auto known = fixed_.begin();
     for (nb::handle x : fixed)
-      if (!look++->unmoved(*exchange_, x))
+      if (!known++->unmoved(*exchange_, x))
         return false;
-    look = gradient_looks_.begin();
-    auto layer = batch_.layers.begin();
+    known = gradients_.begin();
+    auto layer = batch_->layers.begin();
+    bool moved = !fits_; // after a failure everything is checked again
+    fits_ = false;
     for (nb::handle x : gradients) {
       void *gradient;
-      if (!look++->same(*exchange_, x, gradient))
+      if (!known++->same(*exchange_, x, gradient))
         return false;
-      layer++->gradient = gradient;
+      moved |= gradient != layer->gradient;
+      layer->gradient = gradient;
+      if (scales_in_place_)
+        layer->result = gradient;
+      ++layer;
     }
-    return !collides();
+    if (moved && scales_in_place_)
+      index_written();
+    return fits_ = !moved || !collides();
   }
 
-  // Use gradients that are laid out as the present ones.
-  void point(const Addresses &gradients) {
-    for (std::size_t i = 0; i < gradients.size(); ++i)
-      batch_.layers[i].gradient = pointer(gradients[i]);
+  // Use gradients that are known to fit and to share no memory.
+  void use_gradients(const std::vector<Address> &gradients) {
+    auto layer = batch_->layers.begin();
+    for (Address gradient : gradients)
+      layer++->gradient = pointer(gradient);
   }
 
-  void step(const Options &options, std::uintptr_t stats, int threads,
-            bool update_norms, bool result_norms) {
-    without_lock(
-        [&] { batch_.step(options, at(stats), threads, update_norms, result_norms); });
-    for (Layer &layer : batch_.layers)
+  void measure(const Options &options, Address stats, int threads) {
+    without_lock([&] { batch_->measure(options, table(stats), threads); });
+  }
+
+  void step(const Options &options, Address stats, int threads, bool update_norms,
+            bool result_norms) {
+    without_lock([&] {
+      batch_->step(options, table(stats), threads, update_norms, result_norms);
+    });
+    for (Layer &layer : batch_->layers)
       layer.buffer = layer.new_buffer;
   }
 
-  void scale(const Options &options, std::uintptr_t stats, int threads) {
-    without_lock([&] { batch_.scale(options, at(stats), threads); });
-  }
-
-  void measure(const Options &options, std::uintptr_t stats, int threads) {
-    without_lock([&] { batch_.measure(options, at(stats), threads); });
+  void scale(const Options &options, Address stats, int threads) {
+    without_lock([&] { batch_->scale(options, table(stats), threads); });
   }
 
 private:
-  static std::vector<Layer> layers(const Addresses &weights, const Addresses &gradients,
-                                   const Addresses &buffers, const Addresses &results,
-                                   const Addresses &new_buffers,
-                                   const std::vector<std::int64_t> &sizes,
-                                   const std::vector<bool> &adapt,
-                                   const std::vector<bool> &decay) {
-    std::vector<Layer> found;
-    for (std::size_t i = 0; i < sizes.size(); ++i)
-      found.push_back({pointer(weights[i]), pointer(gradients[i]), pointer(buffers[i]),
-                       pointer(results[i]), pointer(new_buffers[i]), sizes[i], adapt[i],
-                       decay[i]});
-    return found;
+  static void *pointer(Address address) { return reinterpret_cast<void *>(address); }
+  static Stats *table(Address stats) { return static_cast<Stats *>(pointer(stats)); }
+
+  void index_written() {
+    written_.clear();
+    for (const Layer &layer : batch_->layers) {
+      write(layer.result, layer.size * (scales_ ? gradient_bytes_ : bytes_));
+      write(layer.new_buffer, layer.size * bytes_);
+    }
+    std::sort(written_.begin(), written_.end());
+    collides_ = false;
+    for (std::size_t i = 1; i < written_.size(); ++i)
+      collides_ |= written_[i - 1].last > written_[i].first;
+    for (const Layer &layer : batch_->layers) {
+      const std::int64_t size = layer.size * bytes_;
+      collides_ |= (scales_ || layer.weights != layer.result) && hit(layer.weights, size);
+      collides_ |= layer.buffer != layer.new_buffer && hit(layer.buffer, size);
+    }
   }
 
-  static int bytes(Dtype dtype) {
-    return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+  void write(const void *x, std::int64_t size) {
+    const auto first = reinterpret_cast<Address>(x);
+    if (x && size)
+      written_.push_back({first, first + size});
   }
 
-  static void *pointer(std::uintptr_t address) {
-    return reinterpret_cast<void *>(address);
-  }
-
-  static Stats *at(std::uintptr_t address) {
-    return static_cast<Stats *>(pointer(address));
-  }
-
-  void write(std::uintptr_t first, std::int64_t bytes) {
-    if (first && bytes)
-      written_.push_back({first, first + bytes});
-  }
-
-  bool hit(std::uintptr_t first, std::int64_t bytes) const {
+  // Whether something is written over `size` bytes from `x`.
+  bool hit(const void *x, std::int64_t size) const {
+    const auto first = reinterpret_cast<Address>(x);
     const auto after =
-        std::lower_bound(written_.begin(), written_.end(), Span{first + bytes, 0});
-    return first && bytes && after != written_.begin() && std::prev(after)->last > first;
+        std::lower_bound(written_.begin(), written_.end(), Span{first + size, 0});
+    return x && size && after != written_.begin() && std::prev(after)->last > first;
   }
 
+  std::unique_ptr<Batch> batch_;
+  std::int64_t bytes_, gradient_bytes_; // of one element
+  bool scales_, scales_in_place_, collides_ = false, fits_ = true;
   std::vector<Span> written_; // sorted
-  int gradient_bytes_;
-  bool scales_, collides_ = false;
-  Batch batch_;
   const Exchange *exchange_ = nullptr;
-  std::vector<Look> looks_, gradient_looks_;
+  std::vector<Snapshot> fixed_, gradients_;
 };
 
 // The memory of an array, borrowed while this lives.
@@ -277,24 +338,25 @@ bool apart(const Py_buffer &a, const Py_buffer &b) {
   return x + a.len <= y || y + b.len <= x;
 }
 
-// Scale a gradient in place, if the two are contiguous arrays of one dtype that this can
-// read.
+bool dtype_of(const Py_buffer &x, Dtype &out) {
+  const std::string format = x.format;
+  if (format != "f" && format != "d" && format != "e")
+    return false;
+  out = format == "f"   ? Dtype::float32
+        : format == "d" ? Dtype::float64
+                        : Dtype::float16;
+  return true;
+}
+
+// Scale a gradient in place, if the two are contiguous arrays of one dtype that the buffer
+// protocol gives access to.
 bool scale_array(const Options &options, nb::handle weights, nb::handle gradient,
                  int threads) {
   const Borrowed w(weights, 0), g(gradient, PyBUF_WRITABLE);
-  if (!w || !g || !alike(*w, *g) || !apart(*w, *g))
-    return false;
-  const std::string format = (*w).format;
   Dtype dtype;
-  if (format == "f")
-    dtype = Dtype::float32;
-  else if (format == "d")
-    dtype = Dtype::float64;
-  else if (format == "e")
-    dtype = Dtype::float16;
-  else
+  if (!w || !g || !alike(*w, *g) || !apart(*w, *g) || !dtype_of(*w, dtype))
     return false;
-  const auto size = std::int64_t((*w).len / (*w).itemsize);
+  const std::int64_t size = (*w).len / (*w).itemsize;
   Batch batch(dtype, dtype,
               {{(*w).buf, (*g).buf, nullptr, (*g).buf, nullptr, size, true, true}});
   Stats stats{-1, -1, -1, -1, -1};
@@ -302,60 +364,28 @@ bool scale_array(const Options &options, nb::handle weights, nb::handle gradient
   return true;
 }
 
-// A field of a Config. Tensors of one element are numbers too: `float` reads them.
-template <class T> T read(nb::handle x);
-template <> double read(nb::handle x) { return nb::cast<double>(nb::float_(x)); }
-template <> bool read(nb::handle x) { return nb::cast<bool>(nb::bool_(x)); }
-
-template <> Denominator read(nb::handle x) {
-  const auto name = nb::cast<std::string>(x);
-  if (name == "paper")
-    return Denominator::paper;
-  if (name == "decayed_gradient")
-    return Denominator::decayed_gradient;
-  if (name == "gradient")
-    return Denominator::gradient;
-  return Denominator::momentum;
-}
-
-template <> LrPlacement read(nb::handle x) {
-  return nb::cast<std::string>(x) == "inside" ? LrPlacement::inside
-                                              : LrPlacement::outside;
-}
-
 } // namespace
 
 NB_MODULE(_native, m) {
   nb::set_leak_warnings(false); // optimizers live until the interpreter ends
-  nb::enum_<Dtype>(m, "Dtype")
-      .value("float32", Dtype::float32)
-      .value("float64", Dtype::float64)
-      .value("bfloat16", Dtype::bfloat16)
-      .value("float16", Dtype::float16);
   nb::class_<Options>(m, "Options")
-      .def("__init__", [](Options *o, nb::handle config, double lr) {
-#define LARSKIT_READ(type, name) read<type>(config.attr(#name)),
-        new (o) Options{LARSKIT_FIELDS(LARSKIT_READ) lr};
-#undef LARSKIT_READ
+      .def("__init__", [](Options *o, nb::handle config, nb::handle lr) {
+        new (o) Options(options_of(config, lr));
       });
   nb::class_<Group>(m, "Group")
-      .def(nb::init<Dtype, Dtype, const Addresses &, const Addresses &, const Addresses &,
-                    const Addresses &, const Addresses &,
-                    const std::vector<std::int64_t> &, const std::vector<bool> &,
-                    const std::vector<bool> &, bool>())
+      .def(nb::init<nb::str, nb::str, const std::vector<Row> &, bool, bool>())
       .def("collides", &Group::collides)
       .def("snapshot", &Group::snapshot)
       .def("rebind", &Group::rebind)
-      .def("point", &Group::point)
+      .def("use_gradients", &Group::use_gradients)
+      .def("measure", &Group::measure)
       .def("step", &Group::step)
-      .def("scale", &Group::scale)
-      .def("measure", &Group::measure);
+      .def("scale", &Group::scale);
   m.def("scale_array", &scale_array);
-  m.attr("serial_below") = serial_below;
 #define LARSKIT_NAME(type, name) #name,
-  const char *const fields[] = {LARSKIT_FIELDS(LARSKIT_NAME)};
+  m.attr("FIELDS") = std::vector<std::string>{LARSKIT_FIELDS(LARSKIT_NAME)};
 #undef LARSKIT_NAME
-  m.attr("FIELDS") = std::vector<std::string>(std::begin(fields), std::end(fields));
+  m.attr("serial_below") = serial_below;
   m.def("end", &end);
   m.def("variant", [] {
     return std::string(loops(Dtype::float32, Dtype::float32).name);

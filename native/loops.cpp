@@ -273,12 +273,13 @@ template <class W, class G, class C> struct Typed {
       if (buffer)
         store(new_v, n, buffer);
       const C factor = inside ? C(1) : plain ? lr_r : lr;
-      for (std::int64_t i = 0; i < n; ++i)
-        c[i] = factor * y[i];
+      LARSKIT_IN_PLACE for (std::int64_t i = 0; i < n; ++i) {
+        C moved = factor * y[i];
+        c[i] = moved;
+        a[i] = w[i] - moved;
+      }
       if (sums)
         sums[k] = sum_of_squares(c, n);
-      for (std::int64_t i = 0; i < n; ++i)
-        a[i] = w[i] - c[i];
       store(a, n, result);
     }
   }

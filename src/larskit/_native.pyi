@@ -1,31 +1,22 @@
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-class Dtype:
-    float32: Dtype
-    float64: Dtype
-    bfloat16: Dtype
-    float16: Dtype
+FIELDS: list[str]
+serial_below: int
 
 class Options:
-    def __init__(self, config: object, lr: float, /) -> None: ...
+    def __init__(self, config: object, lr: object, /) -> None: ...
 
-Addresses = Sequence[int]
+Row = tuple[int, int, int, int, int, int, bool, bool]
 
 class Group:
     def __init__(
         self,
-        weight_dtype: Dtype,
-        gradient_dtype: Dtype,
-        weights: Addresses,
-        gradients: Addresses,
-        buffers: Addresses,
-        results: Addresses,
-        new_buffers: Addresses,
-        sizes: Sequence[int],
-        adapt: Sequence[bool],
-        decay: Sequence[bool],
+        dtype: str,
+        gradient_dtype: str,
+        rows: Iterable[Row],
         scales: bool,
+        in_place: bool,
         /,
     ) -> None: ...
     def collides(self) -> bool: ...
@@ -33,7 +24,8 @@ class Group:
         self, exchange: object, fixed: list[Any], gradients: list[Any], /
     ) -> bool: ...
     def rebind(self, fixed: list[Any], gradients: list[Any], /) -> bool: ...
-    def point(self, gradients: Addresses, /) -> None: ...
+    def use_gradients(self, gradients: Sequence[int], /) -> None: ...
+    def measure(self, options: Options, stats: int, threads: int, /) -> None: ...
     def step(
         self,
         options: Options,
@@ -44,10 +36,6 @@ class Group:
         /,
     ) -> None: ...
     def scale(self, options: Options, stats: int, threads: int, /) -> None: ...
-    def measure(self, options: Options, stats: int, threads: int, /) -> None: ...
-
-serial_below: int
-FIELDS: list[str]
 
 def scale_array(
     options: Options, weights: object, gradient: object, threads: int, /

@@ -1,8 +1,10 @@
 """The C++ engine: the reference's bits, whatever the threads, the sizes, the dtypes."""
 
 import os
+import sys
 import threading
 from contextlib import contextmanager
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from larskit import _native  # pyright: ignore[reportMissingModuleSource]
+from larskit import (
+    _native,  # pyright: ignore[reportMissingModuleSource]
+    rule,
+)
 from larskit.config import NAMES, Config
-from larskit.engines import Layers, Switches, native, reference
+from larskit.engines import Layers, Switches, Unsupported, native, reference
 
 LIVE = Path(__file__).parent / "live"
 SIZES = st.one_of(st.integers(0, 70), st.sampled_from([1023, 1024, 1025, 5003, 70_001]))
@@ -46,8 +51,10 @@ def limited(threads):
     """Have torch, and hence the kernel, use as many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_it_is_there():
@@ -78,6 +85,31 @@ def test_the_number_of_threads_changes_no_bit(threads):
     with limited(threads):
         ours = steps(native, LARGE, EXACT[0], config)
     assert same(ours, steps(reference, LARGE, EXACT[0], config))
+
+
+MIXED = [True, False] * 3, [True, True, False] * 2
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_layers_of_all_flags_in_one_group(threads, nesterov):
+    config = Config(weight_decay=0.01, nesterov=nesterov)
+    generator = torch.Generator().manual_seed(0)
+    w, *gradients = (
+        [array(generator, torch.float32, n) for n in LARGE] for _ in range(3)
+    )
+    results = []
+    for engine in (reference, native):
+        own: list[Any] = [x.clone() for x in w]
+        v: Any = [None] * len(own)
+        group: Any = None
+        for g in gradients:  # a first step, and another one
+            group = engine.bind(Layers(own, g, v, *MIXED), config)
+            with limited(threads):
+                group.step_(0.5, config, full_stats=True)
+            v = group.buffers
+        results.append([*own, *v, *group.stats[:3], group.stats.update_norm])
+    assert same(*results)
 
 
 def carried_steps(sizes, dtypes, config, threads, layout, disturb=None):
@@ -144,6 +176,20 @@ def test_a_group_adopts_the_norms_that_another_carries():
     assert new.stats.weight_norm.tolist() == [0.0, 1.0, 0.0, 2.0, 7.0]
 
 
+def test_a_group_adopts_the_norms_of_several_others():
+    config, switches = Config(momentum=0.0), Switches(carry_norms=True)
+    w = [torch.full((4,), 2.0), torch.full((9,), 3.0)]
+    g = [torch.zeros_like(x) for x in w]
+    others = [bound([w[i]], [g[i]], config=config, carry_norms=True) for i in (0, 1)]
+    for i, other in enumerate(others):
+        other.step_(1.0, config)
+        w[i].data.zero_()  # which nothing can see
+    both = [True, True]
+    layers = Layers(w, g, [None, None], both, both)
+    new = native.bind(layers, config, switches, former=others)
+    assert new.norms(config)[0].tolist() == [4.0, 9.0]
+
+
 def test_a_group_steps_once_along_its_gradients():
     w, g = [torch.ones(4)], [torch.ones(4)]
     group = bound(w, g, config=Config(momentum=0.0))
@@ -203,6 +249,106 @@ def test_a_group_sees_that_its_buffer_moved_or_its_gradient_is_its_weight():
     assert not group.rebind([p.detach()])
 
 
+def test_a_group_that_did_not_fit_is_checked_again():
+    p, g = nn.Parameter(torch.ones(4)), torch.ones(4)
+    group = bound([p, torch.ones(4)], [g, g.clone()])
+    for _ in range(2):
+        assert not group.rebind([p.detach(), g.half()])
+        assert not group.rebind([p.detach(), g])
+        assert not group.rebind([g])
+    assert group.rebind((g.clone(), g))
+
+
+HOOK = Config(trust_coefficient=1.0, zero_guard=False, weight_decay=0.5)
+
+
+def scaling(w, g, out=None) -> native.Group:
+    every = [True] * len(w)
+    layers = Layers(w, g, [None] * len(w), every, every, out)
+    return native.bind(layers, HOOK, scales_gradients=True)
+
+
+@pytest.mark.parametrize("sizes", [[17, 0, 5003], LARGE])
+@pytest.mark.parametrize("dtypes", EXACT)
+@pytest.mark.parametrize("where", ["in place", "new", "given"])
+def test_other_gradients_are_scaled_by_the_same_group(sizes, dtypes, where):
+    generator = torch.Generator().manual_seed(0)
+    w = [array(generator, dtypes[0], n) for n in sizes]
+    g, *others = ([array(generator, dtypes[1], n) for n in sizes] for _ in range(3))
+    given = [torch.empty_like(x) for x in g]
+    out = {"in place": None, "new": [None] * len(w), "given": given}[where]
+    group, found = scaling(w, g, out), []
+    for gradients in others:
+        rows = zip(w, gradients, strict=True)
+        expected = [rule.scaled_gradient(*row, HOOK) for row in rows]
+        before = [x.clone() for x in gradients]
+        assert group.rebind(gradients)
+        found = list(group.scale_gradients(HOOK))
+        assert same(found, expected)
+        assert where == "in place" or same(gradients, before)
+    if where == "new":  # in the memory of the first call
+        assert group.rebind(others[0])
+        assert all(map(is_, group.scale_gradients(HOOK), found))
+        found[0].data = found[0].clone()
+        assert not group.rebind(others[0])
+
+
+def test_gradients_scaled_in_place_stay_apart():
+    w, g = [torch.ones(4), torch.ones(4)], [torch.ones(4), torch.ones(4)]
+    group = scaling(w, g)
+    assert not group.rebind([g[0], g[0]])
+    assert not group.rebind([w[1], g[1]])
+    assert group.rebind(g[::-1])
+
+
+def test_a_step_that_is_not_taken_makes_no_buffer():
+    w, g = [torch.ones(4)], [torch.full((4,), 0.5)]
+    config = Config(trust_coefficient=1.0)
+    group: Any = bound(w, g, config=config)
+    group.step_(0.5, config, apply_if=torch.tensor(False), full_stats=True)
+    assert w[0].tolist() == [1.0] * 4
+    assert group.buffers == [None]
+    assert [x.item() for x in group.stats[:3]] == [2.0, 1.0, 2.0]
+    assert group.stats.update_norm.tolist() == [0.0]
+    assert group.rebind(g)
+    group.step_(0.5, config)
+    assert w[0].tolist() == [0.5] * 4
+    assert group.buffers[0].tolist() == [0.5] * 4
+
+
+def test_norms_leave_the_statistics_of_the_last_step():
+    w, g, config = [torch.ones(4)], [torch.ones(4)], Config(momentum=0.0)
+    group = bound(w, g, config=config)
+    group.step_(1.0, config)
+    before = group.stats
+    assert group.rebind([torch.full((4,), 2.0)])
+    assert group.norms(config)[1].tolist() == [4.0]
+    assert group.stats[:3] == before[:3]
+
+
+def test_a_steady_step_makes_few_python_calls():
+    """At most 12 calls into larskit, at most 3 deep below the first: the aim."""
+    w, g, config = [torch.ones(4)], [torch.ones(4)], Config()
+    group = bound(w, g, config=config)
+    deepest, calls, depth = 0, 0, 0
+
+    def count(frame, event, argument):
+        nonlocal deepest, calls, depth
+        if "larskit" in frame.f_code.co_filename:
+            calls += event == "call"
+            depth += {"call": 1, "return": -1}.get(event, 0)
+            deepest = max(deepest, depth)
+
+    for _ in range(2):
+        deepest, calls, depth = 0, 0, 0
+        sys.setprofile(count)
+        group.rebind(g)
+        group.step_(0.5, config)
+        sys.setprofile(None)
+    assert calls <= 12
+    assert deepest <= 3
+
+
 def test_float64_is_within_four_ulp():
     dtypes = torch.float64, torch.float64
     config = Config(weight_decay=0.01, nesterov=True)
@@ -231,6 +377,20 @@ def test_numpy_arrays_step_in_place():
     np.testing.assert_array_equal(v[0], np.full((3, 4), 0.5, "float32"))
 
 
+def test_numpy_arrays_have_no_version_that_carried_norms_need():
+    w, g = [np.ones(4, "f4")], [np.ones(4, "f4")]
+    assert not bound(w, g).rebind(g)
+    with pytest.raises(Unsupported, match="carry_norms needs the version counters"):
+        bound(w, g, carry_norms=True)
+
+
+@pytest.mark.parametrize("switch", ["capturable", "differentiable"])
+def test_switches_that_it_cannot_honour(switch):
+    why = {"capturable": "reads lr on the host", "differentiable": "autograd cannot"}
+    with pytest.raises(Unsupported, match=why[switch]):
+        bound([torch.ones(2)], [torch.ones(2)], **{switch: True})
+
+
 def test_autograd_sees_the_write():
     w, v = torch.ones(3), torch.zeros(3)
     before = w._version, v._version
@@ -257,7 +417,7 @@ REFUSED = [
     (SHARED, SHARED, "two of the arrays share memory"),
     (SHARED[:4], SHARED[2:6], "two of the arrays share memory"),
     (np.ones(2, ">f4"), np.ones(2, "f4"), "weight 0 is not aligned"),
-    (FIXED, np.ones(4, "f4"), "result 0 is read-only"),
+    (FIXED, np.ones(4, "f4"), "weight 0 is read-only"),
     (jnp.ones(4), jnp.ones(4), "weight 0 is a ArrayImpl, neither a NumPy array nor"),
 ]
 

@@ -8,17 +8,25 @@ processor supports is chosen at the first call.
 import atexit
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from operator import attrgetter, eq
 from typing import Any
 
 import numpy as np
 
-from larskit.arrays import Array, Scalar, dtype_name, framework
+from larskit.arrays import Array, Scalar, dtype_name, framework, stop_gradient
 from larskit.config import Config, is_number, is_zero
 from larskit.cores import usable_cores
 from larskit.engines import contract, reference
 from larskit.engines.conditional import unscaled
-from larskit.engines.contract import DEFAULT, Arrays, Layers, Switches, Unsupported
+from larskit.engines.contract import (
+    DEFAULT,
+    Arrays,
+    Layers,
+    Switches,
+    Unsupported,
+)
 from larskit.engines.layout import address, check, empty_like, new_buffers, size
 from larskit.rule import LayerStats, Norms
 
@@ -36,10 +44,9 @@ _DTYPES = {
     "bfloat16": ("bfloat16",),
     "float16": ("float16",),
 }
-# The columns of the kernel's table of statistics; a norm of -1 is to be computed.
+# The columns of the kernel's `Stats`; it computes the norms that are unknown.
 _WEIGHT_NORM, _GRADIENT_NORM, _TRUST_RATIO, _UPDATE_NORM, _RESULT_NORM = range(5)
 _UNKNOWN = -1.0
-_PLAIN = {float, int, bool, str}  # types of hyper-parameters that cannot change
 
 
 def unavailable() -> str | None:
@@ -97,24 +104,16 @@ def bind(
     former: Iterable[contract.Group] = (),
 ) -> "Group":
     """Bind layers of NumPy or torch, see `larskit.engines.contract.Engine`."""
-    if why := unavailable():
+    if why := unavailable() or _refusal(layers, switches):
         raise Unsupported(why)
-    if switches.capturable:
-        raise Unsupported(
-            "the native engine reads lr on the host, so that no graph can capture it"
-        )
-    if switches.differentiable:
-        raise Unsupported("autograd cannot record the steps of the native engine")
     group = Group(layers, config, switches.carry_norms, scales_gradients)
     if switches.carry_norms:
-        for other in former:
-            if isinstance(other, Group):
-                group.adopt_carried_norms(other)
+        group.adopt_carried_norms(former)
     return group
 
 
 class Group:
-    """Layers that were found fit for the kernel, which knows them by address.
+    """Layers whose arrays the kernel knows by their addresses.
 
     Parameters
     ----------
@@ -140,53 +139,59 @@ class Group:
         scales_gradients: bool = False,
     ) -> None:
         """Check the arrays, and make those that are missing."""
-        w_dtype, g_dtype = _checked(layers)
-        results, buffers = _results(layers, config, scales_gradients)
-        result_dtype = g_dtype if scales_gradients else w_dtype
-        check("result", results, layers.weights, result_dtype, written=True)
-        check("momentum buffer", buffers, layers.weights, w_dtype, written=True)
-        assert _native is not None
-        self._layers = layers
-        self._results, self._new_buffers = results, buffers
+        dtypes = _checked_dtypes(layers, scales_gradients)
         self.weights: list[Array] = list(layers.weights)
         self.buffers: list[Array | None] = list(layers.buffers)
-        self._carries = carry_norms
-        self._carried: Any = None  # marks of the weights, and their norms
-        self._stats: Any = None
+        self._results = _results(layers, scales_gradients)
+        self._new_buffers = _new_buffers(layers, config, scales_gradients)
+        self._flags = layers.adapt, layers.decay
+        self._scales, self._in_place = scales_gradients, layers.out is None
+        self._carries = carry_norms and not scales_gradients
+        self._carried: Any = None  # the marks of the weights, and their norms
+        self._table: Any = None  # the statistics of the last step
+        self._full_stats = False
         self._gradients: list[Array] | None = list(layers.gradients)
-        self._is_unscaled = False
-        self._options_of: tuple[Any, Any] = None, None
-        self._options: Any = None
-        w = layers.weights[0]
-        self._torch = sys.modules["torch"] if framework(w) == "torch" else None
-        self._written = [x for x in (*results, *buffers) if x is not None]
-        self._kernel = _native.Group(
-            getattr(_native.Dtype, w_dtype),
-            getattr(_native.Dtype, g_dtype),
-            [*map(address, layers.weights)],
-            [*map(address, layers.gradients)],
-            [*map(address, layers.buffers)],
-            [*map(address, results)],
-            [*map(address, buffers)],
-            [size(w) for w in layers.weights],
-            list(layers.adapt),
-            list(layers.decay),
-            scales_gradients,
-        )
-        if self._kernel.collides():
+        self._bound = (
+            self._gradients
+        )  # what the kernel reads: these, or unscaled copies
+        self._unscaled: tuple[Array, list[Array]] | None = None
+        self._torch = _torch_of(layers)
+        self._threads, self._new_table = _environment(self._torch, len(self.weights))
+        self._written = [
+            x for x in (*self._results, *self._new_buffers) if x is not None
+        ]
+        self._kernel = self._make_kernel(dtypes)
+        # A lazy negation can be dense only if it has a single element.
+        self._single = [i for i, w in enumerate(self.weights) if size(w) == 1]
+        self._fixed = self._snapshot()
+
+    def _make_kernel(self, dtypes: tuple[str, str]) -> Any:
+        assert _native is not None
+        gradients, results = self._gradients or [], self._results
+        buffers = [None] * len(results) if self._scales else self.buffers
+        arrays = self.weights, gradients, buffers, results, self._new_buffers
+        columns = (map(address, column) for column in arrays)
+        flags = (map(bool, column) for column in self._flags)
+        rows = [*zip(*columns, map(size, self.weights), *flags, strict=True)]
+        kernel = _native.Group(*dtypes, rows, self._scales, self._in_place)
+        if kernel.collides():
             raise Unsupported(
                 "two of the arrays share memory, where threads would collide"
             )
-        self._single = [i for i, w in enumerate(layers.weights) if size(w) == 1]
-        self._fixed = self._snapshot()
+        return kernel
 
     def _snapshot(self) -> list[Array] | None:
-        """Keep what `rebind` compares, if torch describes tensors to C++."""
-        if self._torch is None:
+        """Return the arrays that must stay, after the kernel has described all of them.
+
+        None where the group cannot be bound again: where the results of a step are not
+        the weights of the next one, or arrays can be described by Python calls only.
+        """
+        if self._torch is None or not (self._in_place or self._scales):
             return None
+        fixed = [*self.weights, *(v for v in self._new_buffers if v is not None)]
+        if not self._in_place:
+            fixed += self._results
         exchange = getattr(self._torch.Tensor, "__dlpack_c_exchange_api__", None)
-        buffers = (v for v in self._new_buffers if v is not None)
-        fixed = [*self.weights, *buffers]
         if exchange and self._kernel.snapshot(exchange, fixed, self._gradients or []):
             return fixed
         return None
@@ -194,8 +199,7 @@ class Group:
     def rebind(self, gradients: Arrays) -> bool:
         """Use other gradients, if they and all else look as before.
 
-        All that can change about a torch tensor from step to step is read again. Only a
-        gradient of one element can be a lazy negation and yet be dense.
+        All that can change about a torch tensor from step to step is read again.
         """
         if self._fixed is None:
             return False
@@ -208,29 +212,31 @@ class Group:
             self._single and any([gradients[i].is_neg() for i in self._single])
         ):
             return False
-        self._gradients, self._is_unscaled = gradients, False
+        self._gradients = self._bound = gradients
+        if self._scales and self._in_place:
+            self._results = self._written = gradients
         return True
 
-    def adopt_carried_norms(self, former: "Group") -> None:
-        """Keep the norms that another group of some of the same weights carries."""
-        if former._carried is None:
-            return
-        marks, norms = former._carried
-        rows = zip(former.weights, marks, norms.tolist(), strict=True)
-        known = {id(w): row for w, *row in rows}
-        found = [known.get(id(w), (None, _UNKNOWN)) for w in self.weights]
-        marks, numbers = zip(*found, strict=True)
-        self._carried = list(marks), norms.new_tensor(numbers)
+    def adopt_carried_norms(self, former: Iterable[contract.Group]) -> None:
+        """Keep the norms that groups of the last step carry for the same weights."""
+        carried: dict[int, tuple[Any, float]] = {}
+        for group in former:
+            if isinstance(group, Group) and group._carried is not None:
+                marks, norms = group._carried
+                rows = zip(marks, norms.tolist(), strict=True)
+                carried.update(zip(map(id, group.weights), rows, strict=True))
+        if carried:
+            found = [carried.get(id(w), (None, _UNKNOWN)) for w in self.weights]
+            marks, norms = zip(*found, strict=True)
+            self._carried = marks, self._tensor(norms)
 
     def check(self, lr: Scalar, config: Config) -> None:
         """Accept every step: nothing on the CPU is captured."""
 
     def norms(self, config: Config, grad_scale: Array | None = None) -> Norms:
         """Return the norms of each layer, as two vectors."""
-        self._unscale(grad_scale)
-        table = self._table(None)
-        self._call(self._kernel.measure, table, 0.0, config)
-        return _column(table, _WEIGHT_NORM), _column(table, _GRADIENT_NORM)
+        table = self._run(self._kernel.measure, 0.0, config, None, grad_scale)
+        return table[:, _WEIGHT_NORM], table[:, _GRADIENT_NORM]
 
     def step_(
         self,
@@ -243,33 +249,28 @@ class Group:
         full_stats: bool = False,
     ) -> None:
         """Move every layer along the gradients that were bound last, once."""
-        if grad_scale is not None:
-            self._unscale(grad_scale)
-        self._stats = table = self._table(norms)
+        self._full_stats = full_stats
         if not apply_if:
-            self._call(self._kernel.measure, table, lr, config)
-            table[:, _UPDATE_NORM] = 0.0
-            self._gradients = None
+            run = self._kernel.measure
+            self._table = self._run(run, lr, config, norms, grad_scale)
+            self._table[:, _UPDATE_NORM] = 0.0
+            self._drop_gradients()
             return
-        self._call(self._kernel.step, table, lr, config, full_stats, self._carries)
-        self._after_writing()
+        how = full_stats, self._carries
+        run = self._kernel.step
+        self._table = self._run(run, lr, config, norms, grad_scale, *how)
+        self._drop_gradients()
+        self._mark_written()
         self.weights, self.buffers = self._results, self._new_buffers
         if self._carries:
-            self._carried = self._marks(), _column(table, _RESULT_NORM)
+            self._carried = self._marks(), self._table[:, _RESULT_NORM]
 
     @property
     def stats(self) -> LayerStats:
         """The statistics of the last step, as vectors."""
-        table = self._stats
-        update_norm = _column(table, _UPDATE_NORM)
-        return LayerStats(
-            _column(table, _WEIGHT_NORM),
-            _column(table, _GRADIENT_NORM),
-            _column(table, _TRUST_RATIO),
-            self._layers.adapt,
-            self._layers.decay,
-            None if (update_norm < 0).all() else update_norm,
-        )
+        w_norms, q, ratios, update_norms, _ = self._table.T
+        update_norms = update_norms if self._full_stats else None
+        return LayerStats(w_norms, q, ratios, *self._flags, update_norms)
 
     def scale_gradients(
         self,
@@ -278,83 +279,97 @@ class Group:
         grad_scale: Array | None = None,
     ) -> Arrays:
         """Write ``r*u`` for each layer, see `larskit.rule.scaled_gradient`."""
-        if grad_scale is not None:
-            assert self._gradients is not None
-            now = self._layers._replace(gradients=self._gradients, out=self._results)
-            reference.bind(now, config).scale_gradients(config, norms, grad_scale)
+        if grad_scale is None:
+            self._run(self._kernel.scale, 0.0, config, norms, None)
+            self._mark_written()
         else:
-            self._call(self._kernel.scale, self._table(norms), 0.0, config)
-        self._after_writing()
+            self._scale_by_the_rule(config, norms, grad_scale)
+        self._drop_gradients()
         return self._results
 
-    def _unscale(self, grad_scale: Array | None) -> None:
-        """Divide the gradients by the scale of the loss, into copies, once."""
-        if grad_scale is None or self._is_unscaled:
-            return
-        assert self._gradients is not None
-        self._gradients = list(unscaled(self._gradients, grad_scale))
-        self._is_unscaled = True
-        self._kernel.point([*map(address, self._gradients)])
+    def _scale_by_the_rule(
+        self, config: Config, norms: Norms | None, grad_scale: Array
+    ) -> None:
+        """Do what the kernel cannot: the decay is multiplied by the loss scale too."""
+        weights = [stop_gradient(w) for w in self.weights]
+        gradients = self._current_gradients()
+        layers = Layers(
+            weights, gradients, self.buffers, *self._flags, out=self._results
+        )
+        reference.bind(layers, config).scale_gradients(config, norms, grad_scale)
 
-    def _table(self, norms: Norms | None) -> Any:
-        """Return the kernel's table of statistics, with the norms that are known."""
-        shape = len(self.weights), 5
-        if self._torch is None:
-            table = np.full(shape, _UNKNOWN)
-        else:
-            table = self._torch.full(shape, _UNKNOWN, dtype=self._torch.float64)
+    def _run(
+        self,
+        run: Callable[..., None],
+        lr: Scalar,
+        config: Config,
+        norms: Norms | None,
+        grad_scale: Array | None,
+        *how: bool,
+    ) -> Any:
+        """Call the kernel, and return the table that it has filled in."""
+        assert _native is not None
+        gradients = self._current_gradients()
+        if grad_scale is not None:
+            gradients = self._unscaled_gradients(gradients, grad_scale)
+        if gradients is not self._bound:
+            self._bound = gradients
+            self._kernel.use_gradients([*map(address, gradients)])
+        table = self._new_table()
         if norms is not None:
             table[:, _WEIGHT_NORM], table[:, _GRADIENT_NORM] = norms
         elif self._carried is not None:
             table[:, _WEIGHT_NORM] = self._still_known()
+        options = _native.Options(config, lr)
+        run(options, address(table), self._threads(), *how)
         return table
 
-    def _still_known(self) -> Any:
-        """Return the carried norms of the weights that nobody else has written."""
-        marks, norms = self._carried
-        same = [a == b for a, b in zip(self._marks(), marks, strict=True)]
-        return norms.where(norms.new_tensor(same) > 0, _UNKNOWN)
-
-    def _marks(self) -> list[Any]:
-        """Return what changes when another caller writes a weight or moves it."""
-        return [(w.data_ptr(), w._version) for w in self.weights]
-
-    def _call(
-        self, kernel: Any, table: Any, lr: Scalar, config: Config, *how: bool
-    ) -> None:
+    def _current_gradients(self) -> list[Array]:
         assert self._gradients is not None, (
             "these gradients were used already: rebind the group before the next step"
         )
-        if self._options_of[0] is not config or self._options_of[1] is not lr:
-            self._set_options(lr, config)
-        if self._torch is None:
-            kernel(self._options, address(table), threads(), *how)
-        else:
-            count = self._torch.get_num_threads()
-            kernel(self._options, table.data_ptr(), count, *how)
+        return self._gradients
 
-    def _set_options(self, lr: Scalar, config: Config) -> None:
-        """Read the hyper-parameters, once unless they are tensors, which may change."""
-        assert _native is not None
-        self._options = _native.Options(config, float(lr))
-        is_plain = {*map(type, vars(config).values()), type(lr)} <= _PLAIN
-        self._options_of = (config, lr) if is_plain else (None, None)
+    def _unscaled_gradients(
+        self, gradients: list[Array], grad_scale: Array
+    ) -> list[Array]:
+        """Return copies divided by the loss scale: once for the norms and the step."""
+        if self._unscaled is None or self._unscaled[0] is not grad_scale:
+            self._unscaled = grad_scale, list(unscaled(gradients, grad_scale))
+        return self._unscaled[1]
 
-    def _after_writing(self) -> None:
-        """Let go of the gradients, and tell autograd what was written."""
-        self._gradients = None
+    def _drop_gradients(self) -> None:
+        """Hold no gradient any longer: each is as large as its weights."""
+        self._gradients = self._bound = self._unscaled = None
+
+    def _mark_written(self) -> None:
+        """Tell autograd, which has not seen the kernel write."""
         if self._torch is not None:
             self._torch.autograd.graph.increment_version(self._written)
+
+    def _still_known(self) -> Any:
+        """Return the carried norms of the weights that nobody has written since."""
+        marks, norms = self._carried
+        same = self._tensor([*map(eq, self._marks(), marks)])
+        return norms.where(same > 0, _UNKNOWN)
+
+    def _marks(self) -> list[Any]:
+        """Return what changes when another caller writes a weight or moves it."""
+        places = map(self._torch.Tensor.data_ptr, self.weights)
+        return [*zip(places, map(attrgetter("_version"), self.weights), strict=True)]
+
+    def _tensor(self, numbers: Iterable[float]) -> Any:
+        return self._torch.tensor(numbers, dtype=self._torch.float64)
 
 
 class ArrayScaler:
     """Scales NumPy gradients one by one, where to bind a group would take longer."""
 
     def __init__(self, config: Config) -> None:
-        """Read the hyper-parameters."""
-        numbers = (config.weight_decay, config.eps, config.threshold)
-        fixed = _native is not None and all(map(is_number, numbers))
-        self._options = _native.Options(config, 0.0) if fixed and _native else None
+        """Read the hyper-parameters, unless they are arrays, which may change."""
+        self._options = None
+        if _native is not None and all(map(is_number, _numbers(config))):
+            self._options = _native.Options(config, 0.0)
 
     def __call__(self, w: Array, g: Array) -> bool:
         """Scale `g` in place; return False, with nothing done, where that cannot be."""
@@ -365,36 +380,73 @@ class ArrayScaler:
         return _native.scale_array(self._options, w, g, count)
 
 
-def _results(
-    layers: Layers, config: Config, scales_gradients: bool
-) -> tuple[list[Array], list[Array | None]]:
-    """Return the arrays that receive new weights, or gradients, and new buffers."""
-    receivers = layers.gradients if scales_gradients else layers.weights
-    if layers.out is None:
-        results = list(receivers)
-    else:
-        pairs = zip(receivers, layers.out, strict=True)
-        results = [empty_like(x) if out is None else out for x, out in pairs]
-    if scales_gradients:
-        return results, [None] * len(results)
-    if layers.out is not None:
-        buffers = [None if v is None else empty_like(v) for v in layers.buffers]
-        return results, buffers
-    keeps = not is_zero(config.momentum)
-    return results, new_buffers(layers.weights, layers.buffers, keeps)
+def _numbers(config: Config) -> Iterable[Scalar]:
+    return config.trust_coefficient, config.weight_decay, config.eps, config.threshold
 
 
-def _checked(layers: Layers) -> tuple[str, str]:
-    """Refuse arrays that the kernel cannot read; return the dtypes of w and g."""
+def _refusal(layers: Layers, switches: Switches) -> str | None:
+    """Say which switch this engine cannot honour."""
+    if switches.capturable:
+        return (
+            "the native engine reads lr on the host, which a captured step cannot "
+            "repeat"
+        )
+    if switches.differentiable:
+        return "autograd cannot record the steps of the native engine"
+    if switches.carry_norms and _torch_of(layers) is None:
+        return "carry_norms needs the version counters of torch tensors"
+    if switches.carry_norms and layers.out is not None:
+        return "carry_norms needs weights that are stepped in place"
+    return None
+
+
+def _torch_of(layers: Layers) -> Any:
+    """Return torch where the layers are its tensors."""
+    return sys.modules["torch"] if framework(layers.weights[0]) == "torch" else None
+
+
+def _environment(torch: Any, count: int) -> tuple[Callable[[], int], Callable[[], Any]]:
+    """Return what counts threads, and what makes a table of statistics for layers."""
+    shape = count, 5
+    if torch is None:
+        return threads, partial(np.full, shape, _UNKNOWN)
+    new_table = partial(torch.full, shape, _UNKNOWN, dtype=torch.float64)
+    return torch.get_num_threads, new_table
+
+
+def _checked_dtypes(layers: Layers, scales: bool) -> tuple[str, str]:
+    """Return the dtypes of weights and gradients; refuse arrays that do not fit."""
     weights, gradients = layers.weights, layers.gradients
     w_dtype, g_dtype = dtype_name(weights[0]), dtype_name(gradients[0])
     if g_dtype not in _DTYPES.get(w_dtype, ()):
         raise Unsupported(f"weight 0 is {w_dtype} and its gradient {g_dtype}")
-    check("weight", weights, weights, w_dtype)
-    check("gradient", gradients, weights, g_dtype)
-    check("momentum buffer", layers.buffers, weights, w_dtype)
+    in_place = layers.out is None
+    check("weight", weights, weights, w_dtype, written=in_place and not scales)
+    check("gradient", gradients, weights, g_dtype, written=in_place and scales)
+    if not scales:
+        buffers = layers.buffers
+        check("momentum buffer", buffers, weights, w_dtype, written=in_place)
+    if layers.out is not None:
+        dtype = g_dtype if scales else w_dtype
+        check("result", layers.out, weights, dtype, written=True)
     return w_dtype, g_dtype
 
 
-def _column(table: Any, place: int) -> Any:
-    return table[:, place]
+def _results(layers: Layers, scales: bool) -> list[Array]:
+    """Return the arrays that receive the new weights, or the scaled gradients."""
+    replaced = layers.gradients if scales else layers.weights
+    if layers.out is None:
+        return list(replaced)
+    pairs = zip(replaced, layers.out, strict=True)
+    return [empty_like(x) if out is None else out for x, out in pairs]
+
+
+def _new_buffers(layers: Layers, config: Config, scales: bool) -> list[Array | None]:
+    """Return the arrays that receive the momentum buffers; None where none is kept."""
+    if scales:
+        return [None] * len(layers.weights)
+    keeps = not is_zero(config.momentum)
+    if layers.out is None:
+        return new_buffers(layers.weights, layers.buffers, keeps)
+    pairs = zip(layers.weights, layers.buffers, strict=True)
+    return [None if v is None and not keeps else empty_like(w) for w, v in pairs]
