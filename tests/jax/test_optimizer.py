@@ -511,7 +511,7 @@ def test_tree_flatten_and_unflatten_are_inverse(kind):
     assert again.name == "whole"
     assert again.lr() == 0.5
     assert_same(snapshot(again), snapshot(optimizer))
-    assert len(jax.tree.leaves(optimizer)) == 6
+    assert len(jax.tree.leaves(optimizer)) == 8  # two of them statistics
 
 
 def test_a_scheduler_that_jax_cannot_see_does_not_go_through_jit():
@@ -664,7 +664,7 @@ def test_the_public_names():
         ["LARS", "TrainVar", "Variable"],
         ["LarsState", "ScaleByLarsState"],
     )
-    functions = ["lars", "scale_by_lars"]
+    functions = ["lars", "layer_stats", "scale_by_lars"]
     assert sorted(larskit.jax.__all__) == sorted(objects + states + functions)
 
 
