@@ -18,31 +18,43 @@ ALLOWED = {
     "names": set(),
     "select": set(),
     "config": {"arrays"},
-    "rule": {"arrays", "config"},
+    "norm": {"arrays"},
+    "rule": {"arrays", "config", "norm"},
     "tree": {"arrays", "names"},
     "layers": {"arrays", "config", "select", "tree"},
-    # where the rule runs
-    "layout": {"arrays"},
-    "norms": set(),
-    "norms.dtensor": {"arrays", "layout"},
-    "norms.mesh": set(),
-    "engines": set(),
-    "engines.reference": {"arrays", "config", "rule"},
-    "engines.foreach": {"arrays", "config", "rule"},
-    "engines.native": {"_native", "arrays", "config", "layout", "rule"},
+    # where the rule runs: the contract, and the engines behind it
+    "engines.contract": {"arrays", "config", "rule"},
+    "engines.conditional": {"arrays", "config", "engines.contract"},
+    "engines.layout": {"arrays", "engines.contract"},
+    "engines": {
+        *("arrays", "config", "engines.conditional", "engines.contract"),
+        *("engines.foreach", "engines.native"),
+    },
+    "engines.reference": {
+        *("arrays", "config", "engines.conditional", "engines.contract"),
+        *("norm", "rule"),
+    },
+    "engines.foreach": {
+        *("arrays", "config", "engines.conditional", "engines.contract", "rule"),
+    },
+    "engines.native": {
+        *("_native", "arrays", "config", "cores", "engines.conditional"),
+        *("engines.contract", "engines.layout", "engines.reference", "rule"),
+    },
     "engines.triton": {"engines.triton.group"},
     "engines.triton.group": {
-        *("arrays", "config", "engines.triton.kernels", "layout", "rule"),
+        *("arrays", "config", "engines.conditional", "engines.contract"),
+        *("engines.layout", "engines.triton.kernels", "rule"),
     },
     "engines.triton.kernels": set(),
+    "norms": {"arrays"},
+    "norms.dtensor": {"arrays", "engines"},
+    "norms.mesh": set(),
     # the functions, the hook, containers with methods
-    "functional": {
-        *("arrays", "config", "engines.native", "layers", "layout", "rule", "select"),
-        "tree",
-    },
+    "functional": {"arrays", "config", "engines", "layers", "select", "tree"},
     "hook": {
-        *("arrays", "config", "engines.native", "jax.transform", "layout"),
-        *("norms.dtensor", "rule"),
+        *("arrays", "config", "engines", "jax.transform", "norms", "norms.dtensor"),
+        "torch.attach",
     },
     "containers": {"arrays", "functional", "tree"},
     # state in files
@@ -56,25 +68,34 @@ ALLOWED = {
     # the optimizers
     "torch": {"torch.backward", "torch.foreign", "torch.groups", "torch.optimizer"},
     "torch.groups": {"select"},
-    "torch.foreign": {"config", "torch.bucket", "torch.plan"},
-    "torch.portable": {
-        *("arrays", "norms.dtensor", "state", "state.portable"),
-        *("torch.bucket", "torch.plan"),
-    },
+    "torch.options": {"config", "engines"},
     "torch.bucket": {
-        *("config", "engines.foreach", "engines.native", "engines.reference"),
-        *("engines.triton", "layout", "norms.dtensor", "rule"),
+        *("config", "engines", "norms", "norms.dtensor", "rule", "torch.options"),
     },
-    "torch.plan": {"config", "layout", "norms.dtensor", "rule", "torch.bucket"},
+    "torch.plan": {
+        *("engines", "norm", "norms", "norms.dtensor", "torch.bucket"),
+        "torch.options",
+    },
+    "torch.stepper": {"engines", "norms", "rule", "torch.options", "torch.plan"},
+    "torch.attach": {"config", "norms", "torch.options", "torch.plan"},
+    "torch.backward": {"rule", "torch.options", "torch.plan", "torch.stepper"},
+    "torch.describe": {"config", "torch.options", "torch.plan"},
+    "torch.foreign": {"arrays", "config", "torch.bucket", "torch.options"},
+    "torch.portable": {
+        *("arrays", "norms", "norms.dtensor", "state", "state.portable"),
+        *("torch.options", "torch.plan"),
+    },
     "torch.optimizer": {
-        *("arrays", "config", "rule", "select", "state"),
-        *("torch.bucket", "torch.foreign", "torch.plan", "torch.portable"),
+        *("arrays", "config", "norms", "rule", "select", "state", "torch.bucket"),
+        *("torch.describe", "torch.foreign", "torch.options", "torch.portable"),
+        "torch.stepper",
     },
-    "torch.backward": {"rule", "torch.bucket", "torch.optimizer", "torch.plan"},
     "jax": {"containers", "jax.optimizer", "jax.transform", "jax.variables"},
     "jax.variables": {"arrays"},
     "jax.graph": {"arrays", "jax.variables", "names", "state.files"},
-    "jax.transform": {"arrays", "config", "norms.mesh", "rule", "select", "tree"},
+    "jax.transform": {
+        *("arrays", "config", "norm", "norms.mesh", "rule", "select", "tree"),
+    },
     "jax.optimizer": {
         *("arrays", "config", "jax.graph", "jax.variables", "names", "rule"),
         *("state", "state.portable"),
@@ -91,7 +112,7 @@ ALLOWED = {
     # the command line, which uses only what is public
     "app": set(),
     "app.*": {"app", "app.*", "config", "cores", "state", "torch"},
-    "doctor": {"engines", "engines.native", "engines.triton"},
+    "doctor": {"engines"},
     "cli": {"app", "app.*", "cores", "doctor"},
     "__main__": {"cli"},
     "": {"containers", "functional", "hook"},
@@ -108,7 +129,6 @@ AT_TOP = {
     "app": {"torch"},
     "engines.foreach": {"torch"},
     "engines.triton": {"torch", "triton"},
-    "engines.xla": {"jax"},
     "norms.dtensor": {"torch"},
     "norms.mesh": {"jax"},
 }
@@ -160,6 +180,28 @@ def test_own_imports(name):
             f"{name} imports {imported}"
         )
         assert name != "cli" or not top or imported in LIGHT, "cli starts slowly"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_the_engines_are_reached_through_their_package(name):
+    if name.startswith("engines."):
+        return
+    inside = {x for x, _ in own_imports(name) if x.startswith("engines.")}
+    assert name == "engines" or not inside
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_only_the_engines_compare_the_type_of_a_device(name):
+    """But for what a dtype of MPS can be, and for the app, which chooses a device."""
+    if name.startswith(("engines", "app", "arrays")):
+        return
+    compared = [
+        ast.unparse(node)
+        for node in ast.walk(MODULES[name])
+        if isinstance(node, ast.Attribute) and node.attr == "type"
+        if "device" in ast.unparse(node.value)
+    ]
+    assert not compared
 
 
 @pytest.mark.parametrize("here", ALLOWED)

@@ -5,6 +5,7 @@ import re
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import hypothesis.extra.numpy as arrays
 import ml_dtypes
@@ -427,9 +428,10 @@ def test_a_step_that_contradicts_is_refused(tmp_path):
 
 
 def test_other_optimizers_are_refused(tmp_path):
+    other: Any = object()
     for function in (save_optimizer, load_optimizer):
         with pytest.raises(TypeError, match=r"is a object, expected a larskit\.torch"):
-            function(object(), tmp_path / "state")
+            function(other, tmp_path / "state")
 
 
 def test_a_failure_while_a_state_is_written_leaves_the_old_one(tmp_path, monkeypatch):

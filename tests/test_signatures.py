@@ -87,6 +87,7 @@ def test_placeholders_stand_alone_in_their_lines():
     ]
 
 
+@pytest.mark.integration
 def test_docstrings_may_be_stripped():
     code = "from larskit.functional import update; print(update.__doc__)"
     command = [sys.executable, "-OO", "-c", code]

@@ -65,7 +65,7 @@ def is_array(x: Any) -> bool:
     return array_api_compat.is_array_api_obj(x)
 
 
-def namespace(x: Any) -> Any:
+def namespace(x: Array) -> Namespace:
     """Return the array-API namespace that `x` belongs to."""
     name = framework(x)
     if name in _SHIMS:
@@ -83,7 +83,7 @@ def namespace(x: Any) -> Any:
         ) from why
 
 
-def dtype_name(x: Any) -> str:
+def dtype_name(x: Array) -> str:
     """Name the dtype of `x` as NumPy would: ``"float32"``."""
     if isinstance(x.dtype, np.dtype):
         return _numpy_name(x.dtype)
@@ -95,7 +95,7 @@ def _numpy_name(dtype: np.dtype) -> str:
     return dtype.name  # NumPy spells it anew each time, which takes microseconds
 
 
-def check_floating(x: Any, what: str) -> None:
+def check_floating(x: Array, what: str) -> None:
     """Refuse an array that LARS cannot step, by its dtype or its kind."""
     name = dtype_name(x)
     if name not in _WIDE:
@@ -132,12 +132,12 @@ def check_shape(x: Array, like: Array, what: str, other: str) -> None:
         )
 
 
-def widen(x: Any) -> Any:
+def widen(x: Array) -> Array:
     """Cast `x` to the dtype that its arithmetic runs in: float32 or wider."""
     return cast(x, _WIDE[dtype_name(x)])
 
 
-def cast(x: Any, name: str) -> Any:
+def cast(x: Array, name: str) -> Array:
     """Cast `x` to the dtype called `name`; `x` itself where it has it already."""
     if framework(x) == "numpy":  # its arithmetic makes scalars of 0-d arrays
         return np.asarray(x).astype(np.dtype(name), copy=False)
@@ -147,7 +147,7 @@ def cast(x: Any, name: str) -> Any:
     return xp.astype(x, getattr(xp, name))
 
 
-def flat(x: Any) -> Any:
+def flat(x: Array) -> Array:
     """Return the elements of `x` in one axis, in the order in which they lie in memory.
 
     Where the framework hides that, in the order of the indices.
@@ -162,7 +162,7 @@ def flat(x: Any) -> Any:
     return namespace(x).reshape(x, (-1,))
 
 
-def norm_dtype(x: Any) -> str:
+def norm_dtype(x: Array) -> str:
     """Name the dtype that lengths are summed in: float64 wherever there is one."""
     name = framework(x)
     if name == "jax" and not sys.modules["jax"].config.jax_enable_x64:
@@ -172,7 +172,7 @@ def norm_dtype(x: Any) -> str:
     return "float64"
 
 
-def scalar(value: Any, like: Any) -> Any:
+def scalar(value: Scalar, like: Array) -> Scalar:
     """Return `value` ready to multiply `like`: a number as it is, an array 0-d."""
     if isinstance(value, (int, float)) or not is_array(value):
         return value
@@ -183,12 +183,12 @@ def scalar(value: Any, like: Any) -> Any:
     return cast(value, name.replace("complex128", "float64"))
 
 
-def compiles(x: Any) -> bool:
+def compiles(x: Array) -> bool:
     """Whether a compiler orders the arithmetic on `x`, whatever order is written."""
     return framework(x) in ("jax", *_SHIMS)
 
 
-def scaled_by_one(x: Any) -> Any:
+def scaled_by_one(x: Array) -> Array:
     """Return `x`, in JAX times a one that XLA cannot take out.
 
     XLA's CPU backend does not vectorise a subtraction that stands alone where the last
@@ -200,7 +200,7 @@ def scaled_by_one(x: Any) -> Any:
     return x * sys.modules["jax"].lax.optimization_barrier(one)
 
 
-def stop_gradient(x: Any) -> Any:
+def stop_gradient(x: Array) -> Array:
     """Return `x` cut off from what it was computed from."""
     name = framework(x)
     if name == "jax":
@@ -250,7 +250,7 @@ def numpy_dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16)
 
 
-def write(out: Any, value: Any, what: str) -> Any:
+def write(out: Array, value: Array, what: str) -> Array:
     """Write `value` into `out` and return `out`.
 
     Raises
@@ -271,14 +271,14 @@ def write(out: Any, value: Any, what: str) -> Any:
     return out
 
 
-def check_writable(out: Any, what: str, differentiable: bool = False) -> None:
+def check_writable(out: Array, what: str, differentiable: bool = False) -> None:
     """Refuse an array that cannot be written in place, before anything was."""
     reason = unwritable(out, differentiable)
     if reason:
         raise TypeError(f"{what} {reason}: leave out= away and use the returned value")
 
 
-def unwritable(x: Any, differentiable: bool = False) -> str | None:
+def unwritable(x: Array, differentiable: bool = False) -> str | None:
     """Say why `x` cannot be written in place; None where it can.
 
     A `differentiable` value needs more: what receives it must pass gradients on.
@@ -295,7 +295,7 @@ def unwritable(x: Any, differentiable: bool = False) -> str | None:
     return _unwritable_tensor(x, differentiable) if name == "torch" else None
 
 
-def _unwritable_tensor(x: Any, differentiable: bool) -> str | None:
+def _unwritable_tensor(x: Array, differentiable: bool) -> str | None:
     if x.is_inference() and not sys.modules["torch"].is_inference_mode_enabled():
         return "is an inference tensor, which only torch.inference_mode() may write"
     strides = zip(x.stride(), x.shape, strict=True)
@@ -306,7 +306,7 @@ def _unwritable_tensor(x: Any, differentiable: bool) -> str | None:
     return None
 
 
-def _is_parameter(x: Any) -> bool:
+def _is_parameter(x: Array) -> bool:
     return x.requires_grad and x.is_leaf
 
 

@@ -5,7 +5,7 @@ one is made while JAX is loaded, or when `larskit.jax` is imported.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from functools import partial
 from textwrap import indent
@@ -15,6 +15,8 @@ from larskit import arrays
 from larskit.arrays import Scalar, dtype_name, framework, is_array, namespace
 from larskit.functional import lars_update
 from larskit.tree import Tree, build_mapping, register, unwrap, walk_mapping
+
+Items = Any  # a mapping, or an iterable of pairs
 
 
 class _Weights:
@@ -94,28 +96,28 @@ class Container(_Weights, dict):
     )
     """
 
-    def __new__(cls, /, *items: Any, **named: Any) -> Self:
+    def __new__(cls, /, *items: Items, **named: Tree) -> Self:
         """Tell JAX of Containers where it is loaded."""
         register_in_jax()
         return super().__new__(cls)
 
-    def __init__(self, mapping: Any = (), /, **items: Any) -> None:
+    def __init__(self, mapping: Items = (), /, **items: Tree) -> None:
         """Take the items of `mapping`, then the keyword arguments."""
         super().__init__()
         self.update(mapping, **items)
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def __setitem__(self, key: Hashable, value: Tree) -> None:
         """Set an item; a dictionary becomes a Container."""
         if isinstance(value, dict) and not isinstance(value, Container):
             value = Container(value)
         super().__setitem__(key, value)
 
-    def update(self, mapping: Any = (), /, **items: Any) -> None:
+    def update(self, mapping: Items = (), /, **items: Tree) -> None:
         """Set the items of `mapping`, then the keyword arguments."""
         for key, value in dict(mapping, **items).items():
             self[key] = value
 
-    def setdefault(self, key: Any, default: Any = None) -> Any:
+    def setdefault(self, key: Hashable, default: Tree = None) -> Tree:
         """Return the item at `key`, after setting it to `default` where missing."""
         if key not in self:
             self[key] = default
@@ -125,15 +127,19 @@ class Container(_Weights, dict):
         """Return a Container of the same items."""
         return Container(self)
 
-    def __or__(self, other: Any) -> Any:
+    def __or__(self, other: object) -> "Container":
         """Return a Container with the items of both, `other` winning."""
-        return Container({**self, **other}) if _is_mapping(other) else NotImplemented
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return Container({**self, **other})
 
-    def __ror__(self, other: Any) -> Any:
+    def __ror__(self, other: object) -> "Container":
         """Return a Container with the items of both, this one winning."""
-        return Container({**other, **self}) if _is_mapping(other) else NotImplemented
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return Container({**other, **self})
 
-    def __ior__(self, other: Any) -> "Container":
+    def __ior__(self, other: Items) -> Self:
         """Take the items of `other`."""
         self.update(other)
         return self
@@ -146,7 +152,7 @@ class Container(_Weights, dict):
         """Whether a key or an item differs."""
         return not _equal(self, other)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tree:
         """Return the item called `name`."""
         if name == "__jax_array__" and not _in_jax and sys.modules.get("jax"):
             raise RuntimeError(_TOO_OLD)  # JAX asks for it where it finds no array
@@ -157,7 +163,7 @@ class Container(_Weights, dict):
                 f"Container has no item {name!r}, it has: {', '.join(map(repr, self))}"
             ) from None
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Tree) -> None:
         """Set the item called `name`."""
         if hasattr(type(self), name):
             raise AttributeError(
@@ -212,11 +218,7 @@ class Array(_Weights):
         return f"Array({self.native!r})"
 
 
-def _is_mapping(x: Any) -> bool:
-    return isinstance(x, Mapping)
-
-
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: Tree, b: Tree) -> bool:
     """Whether two items, arrays or containers of them, are equal in every element."""
     if a is b:
         return True
@@ -233,7 +235,7 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _traits(x: Any) -> Any:
+def _traits(x: Tree) -> object:
     return is_array(x) and (framework(x), tuple(x.shape), dtype_name(x))
 
 
@@ -261,6 +263,8 @@ def register_in_jax() -> None:
     _in_jax = True
 
 
-def _walk_with_keys(key_type: Any, x: Container) -> tuple[list[Any], Any]:
+def _walk_with_keys(
+    key_type: type, x: Container
+) -> tuple[list[tuple[object, Tree]], object]:
     values, keys, ranked = walk_mapping(x)
     return list(zip(map(key_type, ranked), values, strict=True)), keys

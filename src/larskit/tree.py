@@ -5,7 +5,7 @@ become nodes the first time they are met.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ def flatten(tree: Tree) -> tuple[list[Path], list[Leaf], optree.PyTreeSpec]:
                 register(kind)
 
 
-def _path(accessor: Iterable[Any]) -> Path:
+def _path(accessor: optree.PyTreeAccessor) -> Path:
     return tuple(getattr(entry, "field", entry.entry) for entry in accessor)
 
 
@@ -104,7 +104,7 @@ def rewrap(array: Array, like: Leaf) -> Leaf:
     return type(like)(array) if wrapped_attribute(like) else array
 
 
-def _is_container(x: Any) -> bool:
+def _is_container(x: object) -> bool:
     if isinstance(x, type):
         return False
     return isinstance(x, Mapping) or dataclasses.is_dataclass(x)
@@ -125,27 +125,31 @@ def register(kind: type) -> None:
 class _Keys:
     """The keys of a mapping in its own order; equal in any order, as mappings are."""
 
-    order: tuple[Any, ...] = dataclasses.field(compare=False)
-    known: frozenset[Any]
+    order: tuple[Hashable, ...] = dataclasses.field(compare=False)
+    known: frozenset[Hashable]
 
-    def ranked(self) -> list[Any]:
+    def ranked(self) -> list[Hashable]:
         return sorted(self.order, key=lambda key: (type(key).__name__, str(key)))
 
 
-def walk_mapping(x: Mapping[Any, Any]) -> tuple[list[Any], _Keys, list[Any]]:
+def walk_mapping(x: Mapping[Any, Tree]) -> tuple[list[Tree], _Keys, list[Hashable]]:
     """Return the values of a mapping, what rebuilds it, and the keys of the values."""
     keys = _Keys(tuple(x), frozenset(x))
     ranked = keys.ranked()
     return [x[key] for key in ranked], keys, ranked
 
 
-def build_mapping(kind: Any, keys: _Keys, values: Iterable[Any]) -> Any:
+def build_mapping(kind: Any, keys: _Keys, values: Iterable[Tree]) -> Any:
     """Rebuild a mapping of the class `kind` from what `walk_mapping` returned."""
     found = dict(zip(keys.ranked(), values, strict=True))
     return kind({key: found[key] for key in keys.order})
 
 
-def _walk_dataclass(x: Any) -> tuple[list[Any], Any, list[str]]:
+# The names of the fields that are walked, and the others with their values.
+_Fields = tuple[tuple[str, ...], tuple[tuple[str, object], ...]]
+
+
+def _walk_dataclass(x: Any) -> tuple[list[Tree], _Fields, list[str]]:
     walked, static = [], []
     for field in dataclasses.fields(x):
         if field.init:
@@ -156,6 +160,6 @@ def _walk_dataclass(x: Any) -> tuple[list[Any], Any, list[str]]:
     return [value for _, value in walked], (tuple(names), tuple(static)), names
 
 
-def _build_dataclass(kind: Any, known: Any, values: Iterable[Any]) -> Any:
+def _build_dataclass(kind: Any, known: _Fields, values: Iterable[Tree]) -> Any:
     names, static = known
     return kind(**dict(static), **dict(zip(names, values, strict=True)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CONFIGS, DEVICE, short
+from cases import CONFIGS, DEVICE, covering, short
 
 from larskit import engines, rule
 from larskit.config import Config
@@ -81,12 +81,27 @@ def assert_stats(engine: str, group: Group, rows: list[Any]) -> None:
         torch.testing.assert_close(vector, expected, rtol=bound, atol=0)
 
 
+# Triton's interpreter is slow: there, each pair of options is in some configuration.
+PAIRS = [config for config, _ in covering([torch.float32])]
 every_engine = pytest.mark.parametrize("engine", ENGINES)
-every_config = pytest.mark.parametrize("config", CONFIGS, ids=short)
-some_configs = pytest.mark.parametrize("config", CONFIGS[::5], ids=short)
 
 
-@every_engine
+def on(all_configs: list[Config], interpreted: list[Config]) -> Any:
+    """Run a test on every engine, with as many configurations as it has time for."""
+    rows = [
+        pytest.param(engine, config, id=f"{engine}-{short(config)}")
+        for engine in ENGINES
+        for config in (
+            interpreted if engine == "triton" and DEVICE == "cpu" else all_configs
+        )
+    ]
+    return pytest.mark.parametrize(("engine", "config"), rows)
+
+
+every_config = on(CONFIGS, PAIRS)
+some_configs = on(CONFIGS[::5], PAIRS[::6])
+
+
 @every_config
 @pytest.mark.parametrize("buffers", [True, False], ids=["later step", "first step"])
 def test_a_step(engine: str, config: Config, buffers: bool) -> None:
@@ -105,7 +120,6 @@ def test_a_step(engine: str, config: Config, buffers: bool) -> None:
     assert group.stats.update_norm is None
 
 
-@every_engine
 @every_config
 def test_norms_before_the_step(engine: str, config: Config) -> None:
     bound = layers()
@@ -133,7 +147,6 @@ def test_other_norms_are_used(engine: str) -> None:
     torch.testing.assert_close(group.weights[0], full(0, 4))
 
 
-@every_engine
 @some_configs
 def test_full_statistics(engine: str, config: Config) -> None:
     bound = layers()
@@ -144,7 +157,6 @@ def test_full_statistics(engine: str, config: Config) -> None:
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-6, atol=0)
 
 
-@every_engine
 @some_configs
 @pytest.mark.parametrize("buffers", [True, False], ids=["later step", "first step"])
 @pytest.mark.parametrize("on_device", [True, False], ids=["tensor", "bool"])
@@ -170,7 +182,6 @@ def test_a_conditional_step(
         assert nothing_yet if old is None else torch.equal(v, old)
 
 
-@every_engine
 @some_configs
 def test_the_scale_of_the_loss_is_divided_out(engine: str, config: Config) -> None:
     bound = layers()
@@ -197,7 +208,6 @@ def test_hyper_parameters_may_be_tensors(engine: str) -> None:
     assert_close(engine, group.weights, [row[0] for row in rows])
 
 
-@every_engine
 @some_configs
 def test_rebinding_other_gradients(engine: str, config: Config) -> None:
     """An engine that cannot says so; a group that was bound again must step alike."""

@@ -1,20 +1,35 @@
-"""Triton's kernels: the reference's bits, on the GPU or in Triton's interpreter."""
+"""Triton's kernels against the reference, on the GPU or in Triton's interpreter."""
 
 from typing import Any
 
 import pytest
 import torch
-from cases import CONFIGS, DEVICE, EXACT, array, configs, same, steps, strange_step
+from cases import (
+    CONFIGS,
+    DEVICE,
+    EXACT,
+    array,
+    configs,
+    same,
+    step_,
+    steps,
+    strange_step,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from larskit.layout import Unfit
 from torch import nn
 
-from larskit import layout
-from larskit.config import Config
-from larskit.engines import reference, triton
+from larskit.config import NAMES, Config
+from larskit.engines import (
+    Layers,
+    Switches,
+    Unsupported,
+    conditional,
+    reference,
+    triton,
+)
 from larskit.engines.triton import kernels
-from larskit.engines.triton.kernels import Variant
+from larskit.engines.triton.kernels import CHOICES, NUMBERS, ROWS
 
 BLOCK = kernels.BLOCK.value
 SIZES = st.one_of(
@@ -27,6 +42,22 @@ ON_CPU = pytest.mark.skipif(DEVICE != "cpu", reason="looks at how the host waits
 
 def full(value, *shape):
     return torch.full(shape, float(value), device=DEVICE)
+
+
+def bound(w, g, v=None, config=None, **switches: Any) -> Any:
+    """Bind layers that are all adapted and decayed."""
+    every = [True] * len(w)
+    layers = Layers(w, g, v or [None] * len(w), every, every)
+    return triton.bind(layers, config or Config(), Switches(**switches))
+
+
+def row(group, name):
+    """Return a row of the table of layers."""
+    return group._table[ROWS.index(name)]
+
+
+def test_the_tables_have_the_fields_of_the_configuration():
+    assert {*NUMBERS, *CHOICES} == {"lr", *NAMES}
 
 
 @settings(max_examples=settings().max_examples // 4)  # each is interpreted
@@ -76,44 +107,44 @@ def test_offsets_of_more_than_32_bits():
     tail, hidden = BLOCK + 100, 2**34
     w, g, v = (array(None, torch.float32, tail).to(DEVICE) for _ in range(3))
     expected = w.clone(), v.clone()
-    group = triton.Group([w], [g], [v])
-    start = 4 * hidden
-    for row, by in ((Variant.W, -start), (Variant.G, -start), (Variant.V, -start)):
-        group._table[row] += by
-    group._table[Variant.NEW_V] -= start
-    group._table[Variant.SIZE] += hidden
-    group._table[Variant.FIRST] -= hidden // BLOCK
     config = Config(weight_decay=0.01, trust_coefficient=1.0)
+    group = bound([w], [g], [v], config)
+    for name in ("weights", "gradients", "buffers", "out"):
+        row(group, name).sub_(4 * hidden)
+    row(group, "size").add_(hidden)
+    row(group, "first").sub_(hidden // BLOCK)
     norms = full(3, 1).double(), full(2, 1).double()
     group.step_(0.5, config, norms)
     w_2, v_2 = expected
-    reference.step_([w_2], [g], [v_2], 0.5, config, norms)
+    step_(reference, [w_2], [g], [v_2], 0.5, config, norms)
     assert torch.equal(w, w_2)
     assert torch.equal(v, v_2)
 
 
-def make(*sizes: int, dtype=torch.float32, buffers=True):
+def make(*sizes: int, dtype=torch.float32, buffers=True, config=None, **switches: Any):
     """Return a group of layers of one number, and its tensors."""
     w = [full(i + 1, n).to(dtype) for i, n in enumerate(sizes)]
     g = [full(1, n).to(dtype) for n in sizes]
     v: list[Any] = [full(0, n).to(dtype) if buffers else None for n in sizes]
-    new = [full(7, n).to(dtype) for n in sizes] if not buffers else v
-    return triton.Group(w, g, v, new), w, g, new
+    group = bound(w, g, v, config, **switches)
+    return group, w, g, group._out
 
 
 @ON_CPU
 def test_tables_are_written_again_only_when_a_storage_moves(monkeypatch):
     writes = []
-    write = layout.integers
-    monkeypatch.setattr(layout, "integers", lambda *a: (writes.append(1), write(*a))[1])
-    group, _w, g, _ = make(5, BLOCK)
-    config = Config(momentum=0.0, adapt=False)
+    write = conditional.integers
+    monkeypatch.setattr(
+        conditional, "integers", lambda *a: (writes.append(1), write(*a))[1]
+    )
+    config = Config(momentum=0.0)
+    group, _w, g, _ = make(5, BLOCK, config=config)
     for _ in range(3):
-        assert group.aim(g)
+        assert group.rebind(g)
         group.step_(1.0, config)
     assert len(writes) == 1
     g[1] = g[1].clone()
-    assert group.aim(g)
+    assert group.rebind(g)
     group.step_(1.0, config)
     assert len(writes) == 2
 
@@ -146,27 +177,27 @@ def negated(g):
 def test_a_group_sees_what_has_changed(what):
     change, make_gradient, fits = CHANGES[what]
     p, g, v = nn.Parameter(full(1, 4, 4)), full(1, 4, 4), full(0, 4, 4)
-    group = triton.Group([p], [g], [v])
+    group = bound([p], [g], [v])
     change(p, v)
-    assert group.aim([make_gradient(g)]) is fits
+    assert group.rebind([make_gradient(g)]) is fits
 
 
 def test_a_group_steps_once_along_its_gradients():
     group, *_ = make(4)
     group.step_(1.0, Config(momentum=0.0))
-    with pytest.raises(AssertionError, match="once along its gradients"):
+    with pytest.raises(AssertionError, match="rebind the group before the next step"):
         group.step_(1.0, Config(momentum=0.0))
 
 
 def test_hyper_parameters_on_the_device_are_read_there():
     group, w, g, _ = make(4)
     lr, wd = full(0.5), full(0.25)
-    config = Config(adapt=False, momentum=0.0, weight_decay=wd)
+    config = Config(threshold=9.0, momentum=0.0, weight_decay=wd)
     group.step_(lr, config)
     assert w[0].tolist() == [0.375] * 4
     lr.fill_(1.0)
     wd.fill_(1.0)
-    assert group.aim(g)
+    assert group.rebind(g)
     group.step_(lr, config)
     assert w[0].tolist() == [-1.0] * 4
 
@@ -176,12 +207,12 @@ def test_hyper_parameters_may_change():
     results = []
     for engine in (triton, reference):
         w, g, v = ([full(i, 5)] for i in (1, 2, 3))
-        group = triton.Group(w, g, v)
+        group = bound(w, g, v)
         for lr, config in rows:
             if engine is reference:
-                engine.step_(w, g, v, lr, config)
+                step_(engine, w, g, v, lr, config)
             else:
-                assert group.aim(g)
+                assert group.rebind(g)
                 group.step_(lr, config)
         results.append(w + v)
     assert same(*results)
@@ -198,26 +229,26 @@ def test_the_host_looks_at_nothing(monkeypatch):
     for name in ("item", "__bool__", "__float__", "tolist", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, wait)
     options: Any
-    for options in ({}, {"permitted": flag}, {"scale": scale}):
+    for options in ({}, {"apply_if": flag}, {"grad_scale": scale}):
         for config in CONFIGS[:2]:
-            assert group.aim(list(g))
+            assert group.rebind(list(g))
             group.norms(config)
             group.step_(lr, config, **options)
     monkeypatch.undo()
     assert w[0][0] != 1
 
 
-@pytest.mark.parametrize("permitted", [True, False])
+@pytest.mark.parametrize("applied", [True, False])
 @pytest.mark.parametrize("buffers", [True, False])
-def test_a_flag_decides_whether_anything_moves(permitted, buffers):
+def test_a_flag_decides_whether_anything_moves(applied, buffers):
     group, w, g, v = make(3, BLOCK + 3, buffers=buffers)
     before = [x.clone() for x in w]
     config = Config(trust_coefficient=1.0, weight_decay=0.5)
-    flag = torch.tensor(permitted, device=DEVICE)
-    group.step_(0.25, config, permitted=flag)
-    if permitted:
+    flag = torch.tensor(applied, device=DEVICE)
+    group.step_(0.25, config, apply_if=flag)
+    if applied:
         expected: list[Any] = [None, None]
-        reference.step_(before, g, expected, 0.25, config)
+        step_(reference, before, g, expected, 0.25, config)
         assert same(w + v, before + expected)
     else:
         assert same(w + v, before + [torch.zeros_like(x) for x in v])
@@ -229,11 +260,11 @@ def test_the_scale_of_the_loss_is_taken_out(config):
     twins: Any = [x.clone() for x in w], [x.clone() for x in v]
     if config.momentum == 0:
         v, twins = [], (twins[0], [None, None])
-    reference.step_(twins[0], g, twins[1], 0.25, config)
+    step_(reference, twins[0], g, twins[1], 0.25, config)
     scaled = [x * 1024 for x in g]
     kept = [x.clone() for x in scaled]
-    assert group.aim(scaled)
-    group.step_(0.25, config, scale=full(1024))
+    assert group.rebind(scaled)
+    group.step_(0.25, config, grad_scale=full(1024))
     assert same(w + v, twins[0] + [x for x in twins[1] if x is not None])
     assert same(scaled, kept)
 
@@ -246,27 +277,27 @@ def test_carried_squares_change_no_bit(config):
         sizes = [BLOCK + 70, 5]
         w = [array(generator, torch.bfloat16, n).to(DEVICE) for n in sizes]
         v = [torch.zeros_like(x) for x in w]
-        group = triton.Group(w, w, v)
+        group = bound(w, w, v, config, carry_norms=carry)
         for i in range(3):
             g = [array(generator, torch.bfloat16, n).to(DEVICE) for n in sizes]
-            assert group.aim(g)
-            group.step_(0.5 / (1 + i), config, carry=carry)
-        results.append([*w, *v, *group.lengths])
+            assert group.rebind(g)
+            group.step_(0.5 / (1 + i), config)
+        results.append([*w, *v, *group.stats[:3]])
     assert same(*results)
 
 
 def test_carried_squares_are_used_until_somebody_writes():
-    group, w, g, _ = make(4, 4)
     config = Config(momentum=0.0, trust_coefficient=0.5)
-    group.step_(0.0, config, carry=True)
-    w[0].data.fill_(9.0)  # which nothing can see
-    assert group.aim(g)
-    group.step_(0.0, config, carry=True)
-    assert group.lengths.weight.tolist() == [2.0, 4.0]
-    w[1].fill_(9.0)
-    assert group.aim(g)
+    group, w, g, _ = make(4, 4, config=config, carry_norms=True)
     group.step_(0.0, config)
-    assert group.lengths.weight.tolist() == [18.0, 18.0]
+    w[0].data.fill_(9.0)  # which nothing can see
+    assert group.rebind(g)
+    group.step_(0.0, config)
+    assert group.stats.weight_norm.tolist() == [2.0, 4.0]
+    w[1].fill_(9.0)
+    assert group.rebind(g)
+    group.step_(0.0, config)
+    assert group.stats.weight_norm.tolist() == [18.0, 18.0]
 
 
 @pytest.mark.parametrize("config", CONFIGS[::17])
@@ -275,7 +306,8 @@ def test_given_norms_are_those_that_were_measured(config):
     twins = [x.clone() for x in w], [x.clone() for x in v]
     norms = group.norms(config)
     group.step_(0.5, config, norms)
-    triton.step_(twins[0], g, twins[1], 0.5, config)
+    other = bound(twins[0], g, twins[1], config)
+    other.step_(0.5, config)
     assert same(w + v, twins[0] + twins[1])
 
 
@@ -285,10 +317,10 @@ def test_what_a_graph_captures_stands_in_it_by_value(monkeypatch):
     plain, w, g, v = make(4, 0, BLOCK + 1)
     twins = [[x.clone() for x in column] for column in (w, g, v)]
     plain.step_(0.5, CONFIGS[0])
-    monkeypatch.setattr(layout, "is_capturing", lambda device: True)
+    monkeypatch.setattr(conditional, "is_capturing", lambda device: True)
     copies = []
     monkeypatch.setattr(torch, "tensor", lambda *a, **k: copies.append(a))
-    group = triton.Group(*twins)
+    group = bound(*twins)
     monkeypatch.undo()
     group.step_(0.5, CONFIGS[0])
     assert not copies
@@ -299,14 +331,14 @@ def test_what_a_graph_captures_stands_in_it_by_value(monkeypatch):
 @ON_CPU
 def test_what_was_captured_is_not_used_again(monkeypatch):
     group, _, g, _ = make(4)
-    monkeypatch.setattr(layout, "is_capturing", lambda device: True)
-    assert not group.aim([g[0].clone()])  # whose address would have to be written
+    monkeypatch.setattr(conditional, "is_capturing", lambda device: True)
+    assert not group.rebind([g[0].clone()])  # whose address would have to be written
     assert not group.captured
-    assert group.aim(g)
+    assert group.rebind(g)
     assert group.captured
-    assert not group.aim(g)  # which another graph might ask
+    assert not group.rebind(g)  # which another graph might ask
     monkeypatch.undo()
-    assert not group.aim(g)
+    assert not group.rebind(g)
 
 
 REFUSED = [
@@ -318,22 +350,22 @@ REFUSED = [
 @pytest.mark.parametrize(("w_dtype", "g_dtype", "message"), REFUSED)
 def test_dtypes_that_are_refused(w_dtype, g_dtype, message):
     w, g = full(1, 3).to(w_dtype), full(1, 3).to(g_dtype)
-    with pytest.raises(Unfit, match=message):
-        triton.Group([w], [g], [None])
+    with pytest.raises(Unsupported, match=message):
+        bound([w], [g])
 
 
 def test_layouts_that_are_refused():
     w = full(1, 4, 6)
-    with pytest.raises(Unfit, match="gradient 0 is not contiguous"):
-        triton.Group([w[:, :3].contiguous()], [w[:, ::2]], [None])
-    with pytest.raises(Unfit, match=r"gradient 0 has the shape \(6, 4\)"):
-        triton.Group([w], [w.t()], [None])
-    with pytest.raises(Unfit, match="weight 0 is on the device meta"):
-        triton.Group([w.to("meta")], [w.to("meta")], [None])
+    with pytest.raises(Unsupported, match="gradient 0 is not contiguous"):
+        bound([w[:, :3].contiguous()], [w[:, ::2]])
+    with pytest.raises(Unsupported, match=r"gradient 0 has the shape \(6, 4\)"):
+        bound([w], [w.t()])
+    with pytest.raises(Unsupported, match="weight 0 is on the device meta"):
+        bound([w.to("meta")], [w.to("meta")])
     with torch.inference_mode():
         inference = full(1, 4, 6)
-    with pytest.raises(Unfit, match="weight 0 is an inference tensor"):
-        triton.Group([inference], [w], [None])
+    with pytest.raises(Unsupported, match="weight 0 is an inference tensor"):
+        bound([inference], [w])
 
 
 def test_a_device_that_runs_no_kernels_is_refused(monkeypatch):
@@ -342,42 +374,43 @@ def test_a_device_that_runs_no_kernels_is_refused(monkeypatch):
             raise RuntimeError("Failed to find C compiler.\nPlease specify one")
 
     monkeypatch.setattr(kernels, "probe", NoCompiler())
-    triton.broken.cache_clear()
+    triton.refusal_of.cache_clear()
     try:
         message = (
             r"Triton runs no kernels on \w+(:0)?: RuntimeError: Failed to find C co"
         )
-        with pytest.raises(Unfit, match=message):
+        with pytest.raises(Unsupported, match=message):
             make(4)
     finally:
         monkeypatch.undo()
-        triton.broken.cache_clear()
+        triton.refusal_of.cache_clear()
     make(4)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy
 def test_carried_squares_are_of_the_layer_alone():
     """Behind its end nothing times infinity would not be nothing."""
-    group, _, g, _ = make(5)
     config = Config(momentum=0.0, trust_coefficient=1e30)
-    group.step_(1e30, config, carry=True)
-    assert group.aim(g)
+    group, _, g, _ = make(5, config=config, carry_norms=True)
+    group.step_(1e30, config)
+    assert group.rebind(g)
     group.step_(0.0, config)
-    assert group.lengths.weight.tolist() == [torch.inf]
+    assert group.stats.weight_norm.tolist() == [torch.inf]
 
 
 def test_the_sums_of_many_blocks_are_added_up():
     """Of a layer of 10 million elements, which no interpreter could measure."""
     group, *_ = make(5)
-    sums = torch.rand(2, 5000, dtype=torch.float64).to(DEVICE)
+    sums = torch.rand(3, 5000, dtype=torch.float64).to(DEVICE)
     group._sums, group._blocks = sums, 5000
-    group._table[Variant.SIZE] = 5000 * BLOCK - 3
+    row(group, "size").fill_(5000 * BLOCK - 3)
     config = Config()
     finish: Any = kernels.finish
     finish[(1,)](*group._arguments(0.5, config), group._variant(config), False)
-    expected = sums.sum(1).sqrt()
-    torch.testing.assert_close(group.lengths[0][0], expected[0], rtol=1e-14, atol=0)
-    torch.testing.assert_close(group.lengths[1][0], expected[1], rtol=1e-14, atol=0)
+    finish_update: Any = kernels.finish_update
+    finish_update[(1,)](*group._arguments(0.5, config), group._variant(config))
+    found = group._stats[[0, 1, 3], 0]
+    torch.testing.assert_close(found, sums.sum(1).sqrt(), rtol=1e-14, atol=0)
 
 
 def test_hyper_parameters_are_written_when_they_change(monkeypatch):
@@ -388,6 +421,6 @@ def test_hyper_parameters_are_written_when_they_change(monkeypatch):
         torch.Tensor, "fill_", lambda x, value: (written.append(value), fill_(x, value))
     )
     for lr in (0.5, 0.5, 0.25):
-        assert group.aim(g)
+        assert group.rebind(g)
         group.step_(lr, Config(momentum=0.75))
     assert written.count(0.5) == written.count(0.25) == written.count(0.75) == 1

@@ -511,7 +511,7 @@ def test_tree_flatten_and_unflatten_are_inverse(kind):
     assert again.name == "whole"
     assert again.lr() == 0.5
     assert_same(snapshot(again), snapshot(optimizer))
-    assert len(jax.tree.leaves(optimizer)) == 6
+    assert len(jax.tree.leaves(optimizer)) == 8  # two of them statistics
 
 
 def test_a_scheduler_that_jax_cannot_see_does_not_go_through_jit():
@@ -664,5 +664,23 @@ def test_the_public_names():
         ["LARS", "TrainVar", "Variable"],
         ["LarsState", "ScaleByLarsState"],
     )
-    functions = ["lars", "scale_by_lars"]
+    functions = ["lars", "layer_stats", "scale_by_lars"]
     assert sorted(larskit.jax.__all__) == sorted(objects + states + functions)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_the_statistics_of_the_last_update(jit):
+    def update(optimizer, grads):
+        optimizer.update(grads)
+        return optimizer
+
+    w, g = jnp.asarray([3.0, 4.0]), jnp.asarray([0.6, 0.8])
+    optimizer = LARS(0.1, {"w": TrainVar(w)}, weight_decay=0.5, tc=1.0, eps=0.25)
+    assert optimizer.layer_stats() == {}
+    names = set(optimizer.vars())
+    optimizer = (jax.jit(update) if jit else update)(optimizer, {"w": g})
+    found = optimizer.layer_stats()
+    assert set(found) == {"w"}
+    assert found["w"][:3] == pytest.approx((5, 1, 5 / 3.75), rel=1e-6)
+    assert found["w"][3:] == (True, True, None)
+    assert set(optimizer.vars()) == names  # they are no part of the state in files

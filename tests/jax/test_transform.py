@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax import export
 
 from larskit import functional
-from larskit.jax import LarsState, lars, scale_by_lars
+from larskit.jax import LarsState, lars, layer_stats, scale_by_lars
 
 ETA = 0.1
 apply_updates: Any = optax.apply_updates
@@ -337,3 +337,56 @@ def test_what_does_not_fit_the_parameters():
         tx.init(integers)
     with pytest.raises(ValueError, match="but scale_by_lars keeps none"):
         scale_by_lars(denominator="momentum")
+
+
+# The statistics of the last step
+
+
+def stacked_and_plain():
+    rng = np.random.default_rng(0)
+    shapes = {"a": {"kernel": (3, 2)}, "bias": (2,), "blocks": (4, 2, 3)}
+    draw = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    return [jax.tree.map(draw, shapes, is_leaf=is_shape) for _ in range(2)]
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_statistics_are_kept_where_they_are_asked_for(jit):
+    params, grads = stacked_and_plain()
+    axis = {"blocks": 0}
+    options: Any = {"weight_decay": 0.5, "eps": 0.25, "layer_axis": axis}
+    chain: Any = optax.chain(optax.identity(), lars(0.5, **options, layer_stats=True))
+    state = chain.init(params)
+    assert layer_stats(state) == {}
+    update = jax.jit(chain.update) if jit else chain.update
+    updates, state = update(grads, state, params)
+    found = layer_stats(state)
+    assert set(found) == {"a.kernel", "bias", "blocks"}
+    w, g = params["a"]["kernel"], grads["a"]["kernel"]
+    norms = float(jnp.linalg.norm(w)), float(jnp.linalg.norm(g))
+    ratio = 1e-3 * norms[0] / (norms[1] + 0.5 * norms[0] + 0.25)
+    assert found["a.kernel"][:3] == pytest.approx((*norms, ratio), rel=1e-6)
+    assert found["a.kernel"][3:] == (True, True, None)
+    assert found["bias"].trust_ratio == 1.0
+    assert (found["bias"].adapted, found["bias"].decayed) == (False, False)
+    assert found["blocks"].trust_ratio.shape == (4,)
+    np.testing.assert_allclose(
+        found["blocks"].weight_norm,
+        jnp.linalg.norm(params["blocks"].reshape(4, -1), axis=1),
+        rtol=1e-6,
+    )
+    plain = lars(0.5, **options)
+    expected, without = plain.update(grads, plain.init(params), params)
+    assert without.stats is None
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    grads["a"]["kernel"] = None
+    _, state = chain.update(grads, state, params)  # the former ones stay
+    assert layer_stats(state)["a.kernel"] == found["a.kernel"]
+
+
+def test_statistics_that_are_not_kept_cannot_be_read():
+    optimizer = lars(0.5)
+    state = optimizer.init({"a": jnp.ones(2)})
+    for where in (state, (state, ()), ()):
+        with pytest.raises(ValueError, match="keeps statistics: make the optimizer wi"):
+            layer_stats(where)

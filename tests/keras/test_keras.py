@@ -603,3 +603,43 @@ def test_a_state_without_buffers_is_one_of_zeros():
 def test_errors_say_what_to_do(wrong, error, message):
     with pytest.raises(error, match=message):
         wrong()
+
+
+def test_the_statistics_of_the_last_step():
+    w = keras.Variable([[3.0, 4.0]], name="kernel")
+    b = keras.Variable([1.0], name="bias")
+    optimizer = larskit.keras.LARS(
+        0.1,
+        weight_decay=0.5,
+        trust_coefficient=1.0,
+        eps=0.25,
+        layer_stats=True,
+    )
+    assert optimizer.layer_stats() == {}
+    optimizer.build([w, b])
+    assert optimizer.layer_stats() == {}
+    grads = [keras.ops.convert_to_tensor(x) for x in ([[0.6, 0.8]], [2.0])]
+    optimizer.apply(grads)
+    found = optimizer.layer_stats()
+    assert set(found) == {"kernel", "bias"}
+    assert found["kernel"][:3] == pytest.approx((5, 1, 5 / 3.75), rel=1e-6)
+    assert found["bias"][:3] == pytest.approx((1, 2, 1))
+    assert [found[name][3:] for name in found] == [
+        (True, True, None),
+        (False, False, None),
+    ]
+    twin = larskit.keras.LARS.from_config(optimizer.get_config())
+    twin.build([w, b])
+    assert len(twin.variables) == len(optimizer.variables)
+    with pytest.raises(ValueError, match="make it with layer_stats=True"):
+        larskit.keras.LARS(0.1).layer_stats()
+
+
+def test_the_repr_names_what_is_excluded():
+    optimizer = larskit.keras.LARS(8.0, weight_decay=1e-4, clip=True, decay=True)
+    first = "LARS(learning_rate=8.0, weight_decay=0.0001, clip=True"
+    assert repr(optimizer) == f"{first})"
+    kernel = keras.Variable([[1.0]], name="kernel")
+    bias = keras.Variable([1.0], name="bias")
+    optimizer.build([kernel, bias])
+    assert repr(optimizer) == f"{first}\n  not adapted (1): 'bias'\n)"

@@ -39,20 +39,24 @@ def decided(
     buffers: Buffers,
     config: Config,
     switches: Switches,
-) -> Any:
-    """Return `apply_if` as a bool where the host may or must know it, else a tensor.
-
-    It must where a first buffer would be dampened: one of zeros, which a step that the
-    device leaves out has to make, would be so in the next step.
-    """
+) -> bool | Array:
+    """Return `apply_if` as a bool where the host may or must know it, else a tensor."""
     if not _is_tensor(apply_if):
         return bool(apply_if)
-    starts = not is_zero(config.momentum) and any(v is None for v in buffers)
-    dampens_first = starts and not is_zero(config.dampening)
     is_here = apply_if.device.type == "cpu" and not switches.capturable
-    if dampens_first or is_here:
+    if is_here or dampens_first(buffers, config):
         return bool(apply_if)
     return beside(apply_if, layers.weights[0])
+
+
+def dampens_first(buffers: Buffers, config: Config) -> bool:
+    """Whether a first buffer differs from what one of zeros would become.
+
+    The host must then know whether a step is applied. A step that the device skips has
+    to make buffers of zeros, which the next step would dampen.
+    """
+    starts = not is_zero(config.momentum) and any(v is None for v in buffers)
+    return starts and not is_zero(config.dampening)
 
 
 def is_capturing(device: Any) -> bool:

@@ -7,7 +7,13 @@ except ImportError as missing:
 
 from larskit.containers import register_in_jax
 from larskit.jax.optimizer import LARS
-from larskit.jax.transform import LarsState, ScaleByLarsState, lars, scale_by_lars
+from larskit.jax.transform import (
+    LarsState,
+    ScaleByLarsState,
+    lars,
+    layer_stats,
+    scale_by_lars,
+)
 from larskit.jax.variables import TrainVar, Variable
 
 register_in_jax()
@@ -19,5 +25,6 @@ __all__ = [
     "TrainVar",
     "Variable",
     "lars",
+    "layer_stats",
     "scale_by_lars",
 ]

@@ -17,11 +17,13 @@ from larskit.arrays import (
     check_floating,
     from_numpy,
     is_array,
+    norm_dtype,
     to_numpy,
 )
 from larskit.config import Config, check_lr, is_number
 from larskit.jax.graph import Node
 from larskit.jax.variables import (
+    AnyVariable,
     Variable,
     checked_like,
     native,
@@ -30,8 +32,12 @@ from larskit.jax.variables import (
     write,
 )
 from larskit.names import check_same
+from larskit.rule import LayerStats
 from larskit.state import Names, PortableState
 from larskit.state.portable import hyperparameters
+
+Rate = Any  # a number, an array, a variable, a scheduler, or a callable of the step
+Variables = dict[str, AnyVariable]
 
 
 class LARS(Node):
@@ -111,13 +117,14 @@ class LARS(Node):
     """
 
     config: Config
-    vars_to_train: dict[str, Any]
-    step_count: Any
+    vars_to_train: Variables
+    _stats: Variables  # of the last update: |w|, q and the trust ratio of each weight
+    step_count: AnyVariable
 
     def __init__(
         self,
-        lr: Any,
-        train_vars: Mapping[str, Any] | None = None,
+        lr: Rate,
+        train_vars: Mapping[str, AnyVariable] | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0001,
         tc: float = 0.001,
@@ -130,14 +137,15 @@ class LARS(Node):
         self.lr = lr
         self.step_count = Variable(0, "int32")
         self.vars_to_train = {}
+        self._stats = {}
         self.register_train_vars(train_vars)
         self.name = name
 
     @classmethod
     def lamb_paper(
         cls,
-        lr: Any,
-        train_vars: Mapping[str, Any] | None = None,
+        lr: Rate,
+        train_vars: Mapping[str, AnyVariable] | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0001,
         tc: float = 0.001,
@@ -175,7 +183,7 @@ class LARS(Node):
         return made
 
     @property
-    def lr(self) -> Any:
+    def lr(self) -> Rate:
         """The learning rate, as a callable: ``lr()`` is that of the next update.
 
         A scheduler is returned as it is; of the others, ``lr(i)`` is the rate after `i`
@@ -186,12 +194,12 @@ class LARS(Node):
         return lr if hasattr(lr, "step_call") else self._rate
 
     @lr.setter
-    def lr(self, lr: Any) -> None:
+    def lr(self, lr: Rate) -> None:
         if _is_constant(lr):
             _check_constant(native(lr))
         self.__dict__["lr"] = jnp.asarray(lr) if isinstance(lr, np.ndarray) else lr
 
-    def _rate(self, step: Any = None) -> Any:
+    def _rate(self, step: Scalar = None) -> Scalar:
         lr = self.__dict__["lr"]
         if _is_constant(lr):
             return native(lr)
@@ -207,7 +215,9 @@ class LARS(Node):
             f"tc={config.trust_coefficient}, eps={config.eps})"
         )
 
-    def register_train_vars(self, train_vars: Mapping[str, Any] | None = None) -> None:
+    def register_train_vars(
+        self, train_vars: Mapping[str, AnyVariable] | None = None
+    ) -> None:
         """Train more variables, from a momentum of zero.
 
         Parameters
@@ -231,10 +241,12 @@ class LARS(Node):
             {f"{key}_m": kind(jnp.zeros_like(read(w))) for key, w in new.items()}
         )
         self.vars_to_train.update(new)
+        norms = {key: norm_dtype(read(w)) for key, w in new.items()}
+        self._stats.update({key: kind(jnp.zeros(3, norms[key])) for key in new})
         if variable_type(self.step_count) is not kind:
             self.step_count = kind(read(self.step_count))
 
-    def _checked(self, train_vars: Any) -> dict[str, Any]:
+    def _checked(self, train_vars: Mapping[str, AnyVariable]) -> Variables:
         """Return those that are new, after checking them together with the others."""
         if not isinstance(train_vars, Mapping):
             raise TypeError(
@@ -263,14 +275,16 @@ class LARS(Node):
             )
         return new
 
-    def register_vars(self, train_vars: Mapping[str, Any] | None = None) -> None:
+    def register_vars(
+        self, train_vars: Mapping[str, AnyVariable] | None = None
+    ) -> None:
         """Do `register_train_vars`, under its old name."""
         warnings.warn("use register_train_vars() instead", stacklevel=2)
         self.register_train_vars(train_vars)
 
     def train_vars(
         self, method: str = "absolute", level: int = -1, include_self: bool = True
-    ) -> dict[str, Any]:
+    ) -> Variables:
         """Collect the weights, and the trainable variables of the nodes below.
 
         Parameters
@@ -288,7 +302,7 @@ class LARS(Node):
             found.update({prefix + key: w for key, w in self.vars_to_train.items()})
         return found
 
-    def check_grads(self, grads: Mapping[str, Any]) -> None:
+    def check_grads(self, grads: Mapping[str, Array]) -> None:
         """Refuse gradients that do not fit the weights.
 
         Parameters
@@ -305,7 +319,7 @@ class LARS(Node):
         """
         self._fitted(grads)
 
-    def _fitted(self, grads: Any) -> dict[str, Any]:
+    def _fitted(self, grads: Mapping[str, Array]) -> dict[str, Array]:
         if not isinstance(grads, Mapping):
             raise TypeError(
                 f"grads is a {type(grads).__name__}, expected a dict of gradients by "
@@ -315,7 +329,7 @@ class LARS(Node):
         check_same("grads", grads, known, "expected one for each trained variable")
         return {key: _gradient(grads, key, w) for key, w in known.items()}
 
-    def update(self, grads: Mapping[str, Any]) -> None:
+    def update(self, grads: Mapping[str, Array]) -> None:
         """Move the weights one step along their gradients.
 
         Parameters
@@ -334,12 +348,31 @@ class LARS(Node):
         moved = []
         for key, w in self.vars_to_train.items():
             m = self.implicit_vars[f"{key}_m"]
-            new = rule.step(read(w), fitted[key], read(m), lr, self.config)
-            moved += [(w, new[0]), (m, new[1])]
+            new_w, new_m, stats = rule.step(
+                read(w), fitted[key], read(m), lr, self.config
+            )
+            moved += [(w, new_w), (m, new_m), (self._stats[key], jnp.stack(stats[:3]))]
         for variable, value in (*moved, (self.step_count, read(self.step_count) + 1)):
             write(variable, value)
         if scheduler := getattr(self.__dict__["lr"], "step_call", None):
             scheduler()
+
+    def layer_stats(self) -> dict[str, LayerStats]:
+        """Return the statistics of the last update.
+
+        Returns
+        -------
+        dict of str to LayerStats
+            By the names of the weights: the floats ``weight_norm`` (before the update),
+            ``gradient_norm`` and ``trust_ratio``; ``adapted`` and ``decayed`` are True.
+            Empty before the first update. This waits for the device.
+        """
+        if int(read(self.step_count)) == 0:
+            return {}
+        return {
+            key: LayerStats(*np.asarray(read(stats)).tolist())
+            for key, stats in self._stats.items()
+        }
 
     def portable_state(self) -> PortableState:
         """Return the state in the form that every framework reads.
@@ -435,11 +468,11 @@ def _filled(x: Scalar | np.ndarray, array: Array) -> Array:
     return from_numpy(np.broadcast_to(exact, array.shape), array)
 
 
-def _is_constant(lr: Any) -> bool:
+def _is_constant(lr: Rate) -> bool:
     return variable_type(lr) is not None or not callable(lr)
 
 
-def _check_constant(lr: Any) -> None:
+def _check_constant(lr: Scalar) -> None:
     check_lr(lr)
     if not (is_number(lr) or is_array(lr)):
         raise TypeError(
@@ -450,7 +483,7 @@ def _check_constant(lr: Any) -> None:
         raise ValueError(f"lr has the shape {np.shape(lr)}, expected one number")
 
 
-def _check_trainable(key: Any, w: Any) -> None:
+def _check_trainable(key: object, w: object) -> None:
     if not isinstance(key, str):
         raise TypeError(f"train_vars has the key {key!r}, expected names")
     if variable_type(w) is None:
@@ -461,7 +494,7 @@ def _check_trainable(key: Any, w: Any) -> None:
     check_floating(read(w), f"train_vars[{key!r}]")
 
 
-def _gradient(grads: Mapping[str, Any], key: str, w: Any) -> Any:
+def _gradient(grads: Mapping[str, Array], key: str, w: AnyVariable) -> Array:
     g, what = native(grads[key]), f"grads[{key!r}]"
     check_array(g, what)
     return checked_like(g, read(w), what)

@@ -20,6 +20,7 @@ from larskit.arrays import (
     check_floating,
     check_shape,
     dtype_name,
+    norm_dtype,
 )
 from larskit.config import (
     Config,
@@ -31,6 +32,7 @@ from larskit.config import (
 )
 from larskit.norm import root, sum_of_squares
 from larskit.norms import mesh
+from larskit.rule import LayerStats
 from larskit.select import Selection, check_matched, select
 from larskit.tree import Tree
 
@@ -47,17 +49,29 @@ class Transformation(NamedTuple):
 
 
 class LarsState(NamedTuple):
-    """The number of steps taken, and the momentum of each layer."""
+    """The state of `lars`.
+
+    Attributes
+    ----------
+    count : array of shape ()
+        The number of steps taken.
+    momentum : like the parameters, or None
+        The momentum buffers.
+    stats : like the parameters, or None
+        The `LayerStats` of the last step, of arrays, one for each parameter. Read them
+        with `larskit.jax.layer_stats`.
+    """
 
     count: Scalar
     momentum: Tree
+    stats: Tree = None
 
 
 class ScaleByLarsState(NamedTuple):
     """Nothing: `scale_by_lars` keeps no state."""
 
 
-for _state in (LarsState, ScaleByLarsState):
+for _state in (LarsState, ScaleByLarsState, LayerStats):
     export.register_namedtuple_serialization(
         _state, serialized_name=f"larskit.jax.{_state.__name__}"
     )
@@ -83,6 +97,7 @@ def lars(
     accumulator_dtype: Any = None,
     layer_axis: PerArray = None,
     axis_names: PerArray = None,
+    layer_stats: bool = False,
 ) -> Transformation:
     """Return LARS in optax's form: ``(init, update)``.
 
@@ -110,8 +125,11 @@ def lars(
         gets ``(name, array)`` and returns an int or None.
     axis_names : sequence of str, mapping of pattern to such, or callable, optional
         Inside `jax.shard_map`: the mesh axes over which an array is sharded, so that
-        the lengths are those of whole layers. As `layer_axis` for several kinds of
+        the norms are those of whole layers. As `layer_axis` for several kinds of
         arrays. Under `jax.jit` with sharded arrays nothing is needed.
+    layer_stats : bool, default=False
+        Keep the statistics of the last step in the state, for
+        `larskit.jax.layer_stats`.
 
     Returns
     -------
@@ -147,7 +165,8 @@ def lars(
         found, structure = layers(params)
         buffers = [zeros(layer.array) for layer in found]
         kept = structure.unflatten(buffers) if keeps else None
-        return LarsState(jnp.zeros((), jnp.int32), kept)
+        stats = structure.unflatten(map(_no_stats, found)) if layer_stats else None
+        return LarsState(jnp.zeros((), jnp.int32), kept, stats)
 
     def update(
         updates: Tree, state: LarsState, params: Tree = None
@@ -159,10 +178,11 @@ def lars(
         buffers = [None] * len(found)
         if keeps:
             buffers = _matched(found, structure, state.momentum, "state.momentum")
-        y, kept = _descent(found, grads, buffers, rate, now)
+        y, kept, stats = _descent(found, grads, buffers, rate, now)
         new = [None if x is None else -x for x in y]
         buffers = structure.unflatten(kept) if keeps else None
-        return structure.unflatten(new), LarsState(state.count + 1, buffers)
+        stats = _kept_stats(structure, stats, state.stats) if layer_stats else None
+        return structure.unflatten(new), LarsState(state.count + 1, buffers, stats)
 
     return Transformation(init, update)
 
@@ -219,7 +239,7 @@ def scale_by_lars(
     ) -> tuple[Tree, ScaleByLarsState]:
         found, structure = layers(params)
         grads = _matched(found, structure, updates, "updates")
-        y, _ = _descent(found, grads, [None] * len(found), 1.0, config)
+        y, *_ = _descent(found, grads, [None] * len(found), 1.0, config)
         return structure.unflatten(y), state
 
     return Transformation(init, update)
@@ -266,6 +286,59 @@ def _check_given(params: Tree) -> None:
             "params is None, but LARS measures the parameters: call "
             "update(grads, state, params)"
         )
+
+
+def layer_stats(state: Tree) -> dict[str, LayerStats]:
+    """Return the statistics of the last step of `lars`, by layer.
+
+    Parameters
+    ----------
+    state : LarsState, or any tree with one in it
+        Such as the state of an ``optax.chain``, of an optimizer made with
+        ``lars(..., layer_stats=True)``.
+
+    Returns
+    -------
+    dict of str to LayerStats
+        By the path of the parameter, ``"encoder.0.kernel"``: the floats
+        ``weight_norm`` (before the step), ``gradient_norm`` and ``trust_ratio``, and
+        the bools ``adapted`` and ``decayed``; arrays of one number for each layer where
+        `layer_axis` stacks them. Empty before the first step.
+
+    Raises
+    ------
+    ValueError
+        There is no such state, or it keeps no statistics.
+
+    Notes
+    -----
+    This waits for the device. `larskit.rule.LayerStats` says what each number is.
+    """
+    of_lars = [x for x in _leaves(state, LarsState) if isinstance(x, LarsState)]
+    kept = [x for x in of_lars if x.stats is not None]
+    if not kept:
+        raise ValueError(
+            f"state has {len(of_lars)} states of lars, none of which keeps statistics: "
+            "make the optimizer with larskit.jax.lars(..., layer_stats=True)"
+        )
+    if int(kept[0].count) == 0:
+        return {}
+    paths, _ = jax.tree_util.tree_flatten_with_path(
+        kept[0].stats, is_leaf=lambda x: isinstance(x, LayerStats)
+    )
+    return {
+        keystr(path, simple=True, separator="."): LayerStats(*map(_plain, stats[:5]))
+        for path, stats in paths
+    }
+
+
+def _leaves(tree: Tree, kind: type) -> list[Any]:
+    return jax.tree_util.tree_leaves(tree, is_leaf=lambda x: isinstance(x, kind))
+
+
+def _plain(x: Array) -> Any:
+    """Return one number as Python's, several as a NumPy array."""
+    return np.asarray(x).item() if x.ndim == 0 else np.asarray(x)
 
 
 def _now(value: Schedule, count: Scalar) -> Scalar:
@@ -387,17 +460,37 @@ def _descent(
     buffers: list[Array],
     lr: Scalar,
     config: Config,
-) -> tuple[list[Array], list[Array]]:
-    """Return what to subtract from the parameters, and the new momentum."""
+) -> tuple[list[Array], list[Array], list[LayerStats | None]]:
+    """Return what to subtract from the parameters, the new momentum and statistics."""
     configs = [replace(config, adapt=x.adapt, decay=x.decay) for x in layers]
     new, kept = [None] * len(layers), list(buffers)
+    found: list[LayerStats | None] = [None] * len(layers)
     rows = [i for i, g in enumerate(grads) if g is not None]
     norms = _norms(rows, layers, grads, buffers, configs)
     for i, own in zip(rows, norms, strict=True):
         w, g, v = layers[i].array, grads[i], buffers[i]
-        y, kept[i], _ = rule.displacement(w, g, v, lr, configs[i], own)
+        y, kept[i], found[i] = rule.displacement(w, g, v, lr, configs[i], own)
         new[i] = cast(y, dtype_name(g))
-    return new, kept
+    return new, kept, found
+
+
+def _no_stats(layer: _Layer) -> LayerStats:
+    """Return the statistics before the first step: zeros of the shapes to come."""
+    shape = () if layer.axis is None else (layer.array.shape[layer.axis],)
+    zeros = jnp.zeros(shape, norm_dtype(layer.array))
+    flags = jnp.asarray(layer.adapt), jnp.asarray(layer.decay)
+    return LayerStats(zeros, zeros, zeros, *flags)
+
+
+def _kept_stats(structure: Structure, found: list[Any], former: Tree) -> Tree:
+    """Return the statistics of a step; those of before where there was no gradient."""
+    kept = structure.flatten_up_to(former)
+    for i, stats in enumerate(found):
+        if stats is not None:
+            shape = kept[i].weight_norm.shape
+            numbers = (x.reshape(shape) for x in stats[:3])
+            kept[i] = LayerStats(*numbers, *kept[i][3:])
+    return structure.unflatten(kept)
 
 
 def _norms(

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import register_pytree_node_class
 
 from larskit.arrays import Array, check_shape, dtype_name
@@ -78,7 +79,7 @@ class Variable:
         return self._value.shape
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """The dtype of the array."""
         return self._value.dtype
 
@@ -86,7 +87,7 @@ class Variable:
         """Stand for the array in the functions of `jax.numpy`."""
         return self._value
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
         """Convert to NumPy as the array does."""
         return self._value.__array__(*args, **kwargs)
 
@@ -94,7 +95,7 @@ class Variable:
         """Show the array."""
         return f"{type(self).__name__}({self._value!r})"
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type, tuple[Array]]:
         """Copy and pickle the array alone."""
         return type(self), (self._value,)
 
@@ -138,7 +139,7 @@ def write(variable: AnyVariable, value: Array) -> None:
         variable.value = value
 
 
-def native(x: Any) -> Any:
+def native(x: Array | AnyVariable) -> Array:
     """Return the array in a variable or in an array of BrainPy, else `x` itself."""
     if variable_type(x):
         return read(x)

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any, Self
 
 import keras
+from keras import ops
 
 from larskit import rule
-from larskit.arrays import cast, check_floating, dtype_name, widen
+from larskit.arrays import Array, Scalar, cast, check_floating, dtype_name, widen
 from larskit.config import (
     NAMES,
     PER_LAYER,
@@ -21,10 +22,17 @@ from larskit.config import (
     is_number,
 )
 from larskit.keras import portable
-from larskit.keras.variables import dense, path_of, tensor
+from larskit.keras.variables import Variable, dense, path_of, tensor
+from larskit.names import listed
+from larskit.rule import LayerStats
 from larskit.select import Selection, check_matched, select
 from larskit.state import Names, PortableState
 from larskit.state.portable import hyperparameters
+
+Rate = Any  # a number, a schedule of Keras, or a callable without arguments
+Chosen = Sequence[Any]  # of a layer: its path, whether it is adapted, whether decayed
+VarList = Iterable[Variable] | None
+VarNames = Iterable[str] | None
 
 
 @documented
@@ -48,6 +56,9 @@ class LARS(keras.optimizers.Optimizer):
         bool``, which must be registered with Keras if the optimizer is to be saved. A
         layer that is not adapted steps at the raw learning rate.
     {maximize}
+    layer_stats : bool, default=False
+        Keep the statistics of the last step in three more numbers for each variable,
+        for the method `layer_stats`.
     name : str
         The optimizer's name.
     **base_kwargs
@@ -89,7 +100,7 @@ class LARS(keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        learning_rate: Any,
+        learning_rate: Rate,
         momentum: float = Config.momentum,
         weight_decay: float = Config.weight_decay,
         trust_coefficient: float = Config.trust_coefficient,
@@ -104,6 +115,7 @@ class LARS(keras.optimizers.Optimizer):
         adapt: Selection = None,
         decay: Selection = None,
         maximize: bool = Config.maximize,
+        layer_stats: bool = False,
         name: str = "lars",
         **base_kwargs: Any,
     ) -> None:
@@ -120,13 +132,15 @@ class LARS(keras.optimizers.Optimizer):
         )
         for key, value in given.items():
             setattr(self, key, value)
+        self._keeps_stats = bool(layer_stats)
+        self._stats: list[Variable] = []
         self._excluded_adapt: Sequence[str] = ()
         self._excluded_decay: Sequence[str] = ()
-        self._chosen: Sequence[Any] = ()  # for each layer its path, adapt, decay
+        self._chosen: Sequence[Chosen] = ()
         self._chosen_by: Sequence[Any] = ()
 
     def exclude_from_weight_decay(
-        self, var_list: Iterable[Any] | None = None, var_names: Any = None
+        self, var_list: VarList = None, var_names: VarNames = None
     ) -> None:
         """Leave some of the variables that `decay` selects undecayed.
 
@@ -151,7 +165,7 @@ class LARS(keras.optimizers.Optimizer):
         self._excluded_decay = self._exclusion(var_list, var_names)
 
     def exclude_from_adaptation(
-        self, var_list: Iterable[Any] | None = None, var_names: Any = None
+        self, var_list: VarList = None, var_names: VarNames = None
     ) -> None:
         """Leave some of the variables that `adapt` selects at the raw learning rate.
 
@@ -162,7 +176,7 @@ class LARS(keras.optimizers.Optimizer):
         """
         self._excluded_adapt = self._exclusion(var_list, var_names)
 
-    def _exclusion(self, var_list: Any, var_names: Any) -> Sequence[str]:
+    def _exclusion(self, var_list: VarList, var_names: VarNames) -> Sequence[str]:
         """Return the regular expressions of the paths of what shall be excluded."""
         if self.built:
             raise ValueError(
@@ -177,7 +191,7 @@ class LARS(keras.optimizers.Optimizer):
         exact = [rf"^{re.escape(path_of(variable))}$" for variable in var_list or ()]
         return [re.compile(found).pattern for found in (*exact, *(var_names or ()))]
 
-    def build(self, variables: Sequence[Any]) -> None:
+    def build(self, variables: Sequence[Variable]) -> None:
         """Make the momentum buffers, and decide which layers are adapted and decayed.
 
         Parameters
@@ -199,12 +213,17 @@ class LARS(keras.optimizers.Optimizer):
         super().build(variables)
         self._chosen, self._chosen_by = chosen, self._choice()
         self.momentums = self.add_optimizer_variables(variables, "momentum")
+        if self._keeps_stats:
+            self._stats = [
+                self.add_variable((3,), dtype="float32", name=f"layer_stats_{i}")
+                for i in range(len(variables))
+            ]
 
     def _choice(self) -> list[Any]:
         """Return all that decides which layers are adapted and which are decayed."""
         return [self.adapt, self.decay, self._excluded_adapt, self._excluded_decay]
 
-    def _choose(self, variables: Sequence[Any]) -> Sequence[Any]:
+    def _choose(self, variables: Sequence[Variable]) -> Sequence[Chosen]:
         """Return the path of each variable, and whether it is adapted and decayed.
 
         For the variables of a loaded model that has been found out before it was saved:
@@ -217,7 +236,7 @@ class LARS(keras.optimizers.Optimizer):
         adapt, decay = (self._selected(key, variables) for key in PER_LAYER)
         return [list(row) for row in zip(paths, adapt, decay, strict=True)]
 
-    def _selected(self, what: str, variables: Sequence[Any]) -> Sequence[bool]:
+    def _selected(self, what: str, variables: Sequence[Variable]) -> Sequence[bool]:
         selection, paths = getattr(self, what), [path_of(x) for x in variables]
         chosen = select(selection, paths, variables, what)
         check_matched(selection, chosen, what)
@@ -245,7 +264,11 @@ class LARS(keras.optimizers.Optimizer):
             self.__dict__["_configs"] = configs  # which Keras need not track
         return configs[index]
 
-    def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
+    def apply(
+        self,
+        grads: Sequence[Array],
+        trainable_variables: Sequence[Variable] | None = None,
+    ) -> None:
         """Move the variables one step along their gradients.
 
         Parameters
@@ -258,18 +281,66 @@ class LARS(keras.optimizers.Optimizer):
         full = [None if g is None else dense(g) for g in grads]
         super().apply(full, trainable_variables)
 
-    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+    def update_step(
+        self, gradient: Array, variable: Variable, learning_rate: Scalar
+    ) -> None:
         """Move one variable; `apply` calls this."""
         index = self._get_variable_index(variable)
         buffer = self.momentums[index]
         w, v, lr = map(tensor, (variable, buffer, learning_rate))
         g = cast(tensor(gradient), dtype_name(widen(w)))
         config = self._config(index).at_step(tensor(self.iterations))
-        new_w, new_v, _ = rule.step(w, g, v, lr, config)
+        new_w, new_v, stats = rule.step(w, g, v, lr, config)
         self.assign(variable, new_w)
         self.assign(buffer, new_v)
+        if self._keeps_stats:
+            numbers = [ops.cast(x, "float32") for x in stats[:3]]
+            self.assign(self._stats[index], ops.stack(numbers))
 
-    def _apply_weight_decay(self, variables: Any) -> None:
+    def layer_stats(self) -> dict[str, LayerStats]:
+        """Return the statistics of the last step.
+
+        Returns
+        -------
+        dict of str to LayerStats
+            By ``variable.path``: the floats ``weight_norm`` (before the step),
+            ``gradient_norm`` and ``trust_ratio``, in float32, and the bools ``adapted``
+            and ``decayed``. Empty before the first step. This waits for the device.
+
+        Raises
+        ------
+        ValueError
+            The optimizer was not made with ``layer_stats=True``.
+        """
+        if not self._keeps_stats:
+            raise ValueError(
+                f"{self.name!r} keeps no statistics: make it with layer_stats=True"
+            )
+        if not self.built or int(self.iterations) == 0:
+            return {}
+        return {
+            path: LayerStats(*ops.convert_to_numpy(stats).tolist(), adapt, decay)
+            for (path, adapt, decay), stats in zip(
+                self._chosen, self._stats, strict=True
+            )
+        }
+
+    def __repr__(self) -> str:
+        """Show the hyper-parameters, and which variables are excluded."""
+        rate = self._learning_rate
+        if isinstance(rate, keras.Variable):
+            rate = float(ops.convert_to_numpy(rate))
+        shared, plain = vars(Config.pick(vars(self))), vars(Config())
+        options = {name: shared[name] for name in SHARED if shared[name] != plain[name]}
+        shown = {"learning_rate": rate, **options}
+        text = ", ".join(f"{name}={x!r}" for name, x in shown.items())
+        lines = [f"{type(self).__name__}({text}"]
+        for what, place in (("not adapted", 1), ("not decayed", 2)):
+            if paths := [row[0] for row in self._chosen if not row[place]]:
+                lines.append(f"  {what} ({len(paths)}): {listed(paths)}")
+        return "\n".join(lines) + (")" if len(lines) == 1 else "\n)")
+
+    def _apply_weight_decay(self, variables: Sequence[Variable]) -> None:
         """Do nothing, for the rule decays."""
 
     def get_config(self) -> dict[str, Any]:
@@ -295,6 +366,7 @@ class LARS(keras.optimizers.Optimizer):
         return {
             **super().get_config(),
             **{key: plain[key] for key in SHARED},
+            "layer_stats": self._keeps_stats,
             **choice,
             "chosen": [list(row) for row in self._chosen],
             "chosen_by": choice if self._chosen_by == self._choice() else None,
@@ -375,7 +447,7 @@ def _end_alike(paths: list[str], others: list[str]) -> bool:
     return len(paths) == len(others) and all(alike)
 
 
-def _saved(selection: Any, what: str) -> Any:
+def _saved(selection: Selection, what: str) -> Any:
     """Return a selection in plain values."""
     if isinstance(selection, re.Pattern):
         return {"regex": selection.pattern, "flags": selection.flags}

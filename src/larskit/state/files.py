@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from larskit.arrays import numpy_dtype
 
@@ -79,7 +81,7 @@ def atomic(filename: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[An
         temporary.unlink(missing_ok=True)
 
 
-def save(tensors: Mapping[str, Any], filename: str | os.PathLike[str]) -> None:
+def save(tensors: Mapping[str, ArrayLike], filename: str | os.PathLike[str]) -> None:
     """Write named arrays to one safetensors file, all of them or none.
 
     Parameters
@@ -103,7 +105,7 @@ def save(tensors: Mapping[str, Any], filename: str | os.PathLike[str]) -> None:
 
 
 def serialize(
-    tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, ArrayLike], metadata: Mapping[str, str] | None = None
 ) -> bytes:
     """Return named arrays, and texts about them, as the bytes of a safetensors file."""
     write = _module("safetensors.numpy").save
@@ -162,7 +164,7 @@ def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
     return np.frombuffer(data, numpy_dtype(_DTYPES[dtype])).reshape(shape)
 
 
-def _module(name: str) -> Any:
+def _module(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ModuleNotFoundError as why:

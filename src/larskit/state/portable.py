@@ -12,18 +12,19 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from larskit.arrays import Scalar
+from larskit.arrays import Array, Scalar
 from larskit.config import Config, check_lr
 from larskit.names import check_same, listed
 from larskit.state.files import atomic, deserialize, serialize
 
 FORMAT = 1
 Names = Mapping[str, str] | Callable[[str], str] | None  # from old names to new ones
-LayerTable = dict[str, dict[str, Any]]  # the hyper-parameters of each layer, by name
+Layer = Mapping[str, Any]  # the hyper-parameters of a layer: numbers, strings, bools
+LayerTable = dict[str, dict[str, Any]]  # those of each layer, by its name
 
 _UNSIGNED = b"0" * 64
 
@@ -52,7 +53,7 @@ class PortableState:
     """
 
     step: int | None
-    layers: Mapping[str, Mapping[str, Any]]
+    layers: Mapping[str, Layer]
     momentum: Mapping[str, np.ndarray]
     master: Mapping[str, np.ndarray] = field(default_factory=dict)
 
@@ -95,8 +96,8 @@ class PortableState:
 
     def fitted(
         self,
-        layers: Mapping[str, Mapping[str, Any]],
-        weights: Mapping[str, Any],
+        layers: Mapping[str, Layer],
+        weights: Mapping[str, Array],
         *,
         names: Names = None,
         convert: bool = False,
@@ -138,7 +139,7 @@ class PortableState:
             )
         return found
 
-    def converted(self, layers: Mapping[str, Mapping[str, Any]]) -> "PortableState":
+    def converted(self, layers: Mapping[str, Layer]) -> "PortableState":
         """Return the state with its momentum where `layers` have the learning rate.
 
         Inside the buffer is ``lr`` times that outside, with the ``lr`` of `layers`.
@@ -151,7 +152,7 @@ class PortableState:
         return replace(
             self,
             momentum={
-                name: _placed(name, v, self.layers[name], layers[name])
+                name: _converted(name, v, self.layers[name], layers[name])
                 for name, v in self.momentum.items()
             },
         )
@@ -183,9 +184,7 @@ class PortableState:
                 self._check_first_step(name, layer, owner)
         return self.step
 
-    def _check_first_step(
-        self, name: str, layer: Mapping[str, Any], owner: str
-    ) -> None:
+    def _check_first_step(self, name: str, layer: Layer, owner: str) -> None:
         step, has_buffer = self.step or 0, name in self.momentum
         dampened = layer["dampening"] and layer["denominator"] != "momentum"
         if dampened and has_buffer != (step > 0):
@@ -225,6 +224,20 @@ class PortableState:
         return rate
 
 
+class PortableOptimizer(Protocol):
+    """What `save_optimizer` and `load_optimizer` need of an optimizer."""
+
+    def portable_state(self) -> PortableState:
+        """Return a copy of the state."""
+        ...
+
+    def load_portable_state(
+        self, state: PortableState, *, names: Names, convert: bool
+    ) -> None:
+        """Set the state, or raise and leave it as it is."""
+        ...
+
+
 def described(rows: Iterable[tuple[str, Scalar, Config]], remedy: str) -> LayerTable:
     """Return the hyper-parameters of layers, by name.
 
@@ -261,7 +274,7 @@ def hyperparameters(lr: Scalar, config: Config) -> dict[str, Any]:
 
 
 def save_optimizer(
-    optimizer: Any,
+    optimizer: PortableOptimizer,
     filename: str | os.PathLike[str],
     *,
     names: Names = None,
@@ -309,7 +322,7 @@ def save_optimizer(
 
 
 def load_optimizer(
-    optimizer: Any,
+    optimizer: PortableOptimizer,
     filename: str | os.PathLike[str],
     *,
     names: Names = None,
@@ -445,7 +458,7 @@ def _checksum(*parts: bytes) -> str:
     return found.hexdigest()
 
 
-def _check_portable(optimizer: Any) -> None:
+def _check_portable(optimizer: object) -> None:
     if not hasattr(optimizer, "load_portable_state"):
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}, expected a larskit.torch.LARS "
@@ -484,9 +497,7 @@ def _mapped(own: Iterable[str], names: Names) -> dict[str, str]:
     return new
 
 
-def _check_agreement(
-    name: str, saved: Mapping[str, Any], own: Mapping[str, Any], convert: bool
-) -> None:
+def _check_agreement(name: str, saved: Layer, own: Layer, convert: bool) -> None:
     """Refuse hyper-parameters that differ in their effect, all but the rate."""
     saved, own = _effective(saved), _effective(own)
     for key in {**own, **saved}:
@@ -504,12 +515,12 @@ def _check_agreement(
             )
 
 
-def _effective(layer: Mapping[str, Any]) -> dict[str, Any]:
+def _effective(layer: Layer) -> dict[str, Any]:
     found = {key: x for key, x in layer.items() if key not in ("lr", "decay")}
     return found if layer.get("decay") else {**found, "weight_decay": 0.0}
 
 
-def _check_alike(what: str, x: np.ndarray, w: Any) -> None:
+def _check_alike(what: str, x: np.ndarray, w: Array) -> None:
     if x.shape != tuple(w.shape):
         raise ValueError(
             f"{what} has the shape {x.shape}, expected {tuple(w.shape)}: nothing is "
@@ -522,9 +533,7 @@ def _check_alike(what: str, x: np.ndarray, w: Any) -> None:
         )
 
 
-def _placed(
-    name: str, v: np.ndarray, saved: Mapping[str, Any], own: Mapping[str, Any]
-) -> np.ndarray:
+def _converted(name: str, v: np.ndarray, saved: Layer, own: Layer) -> np.ndarray:
     if saved["lr_placement"] == own["lr_placement"]:
         return v
     lr = own["lr"]

@@ -4,9 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
+from larskit.arrays import Scalar
 from larskit.config import LrPlacement, choice
 from larskit.torch.bucket import MOMENTUM
 from larskit.torch.options import PER_GROUP, PER_LAYER, SWITCHES
+
+StateDict = dict[str, Any]  # {"state": ..., "param_groups": ...}
 
 # The buffer of MAE, MoCo v3, VISSL, Barlow Twins and VICReg.
 _BUFFER = "mu"
@@ -22,11 +25,11 @@ _OWN = (*PER_GROUP, *PER_LAYER, *SWITCHES, "lr", "on_nonfinite", "master_weights
 
 
 def convert_state_dict(
-    state_dict: dict[str, Any],
+    state_dict: StateDict,
     lr_placement: LrPlacement,
     *,
     source: LrPlacement | None = None,
-) -> dict[str, Any]:
+) -> StateDict:
     """Convert the momentum buffers of a state dict to a placement of the learning rate.
 
     A buffer with the rate inside is ``lr`` times the buffer with the rate outside, with
@@ -82,7 +85,7 @@ def convert_state_dict(
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _factor(lr: Any, lr_placement: LrPlacement) -> Any:
+def _factor(lr: Scalar, lr_placement: LrPlacement) -> Scalar:
     if lr_placement == "inside":
         return lr
     if lr == 0:
@@ -93,9 +96,7 @@ def _factor(lr: Any, lr_placement: LrPlacement) -> Any:
     return 1 / lr
 
 
-def adapted(
-    state_dict: dict[str, Any], own_groups: list[dict[str, Any]]
-) -> dict[str, Any]:
+def adapted(state_dict: StateDict, own_groups: list[dict[str, Any]]) -> StateDict:
     """Return a state dict that has every option of a `LARS` with `own_groups`."""
     state, groups = _translated(state_dict)
     for group, own in zip(groups, own_groups, strict=False):  # torch counts
@@ -111,7 +112,7 @@ def adapted(
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _translated(state_dict: dict[str, Any]) -> tuple[dict[Any, Any], list[Any]]:
+def _translated(state_dict: StateDict) -> tuple[dict[Any, Any], list[Any]]:
     """Return copies of state and groups, with the option names of larskit."""
     state = {
         key: {MOMENTUM if name == _BUFFER else name: x for name, x in kept.items()}

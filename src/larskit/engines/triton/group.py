@@ -1,6 +1,6 @@
 """The launches of the kernels, and the tables that tell them what to do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import cache
 from itertools import accumulate
@@ -12,12 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from larskit import layout
-from larskit.arrays import dtype_name
+from larskit.arrays import Array, Scalar, dtype_name
 from larskit.config import Config, is_zero
+from larskit.engines import conditional, contract
+from larskit.engines.conditional import beside, check_capture, dampens_first
+from larskit.engines.contract import DEFAULT, Arrays, Layers, Switches, Unsupported
+from larskit.engines.layout import address, check, new_buffers
 from larskit.engines.triton import kernels
-from larskit.layout import Unfit, address, check, kept_buffers
-from larskit.rule import Lengths, weight_decay
+from larskit.engines.triton.kernels import CHOICES, NUMBERS, ROWS, Variant
+from larskit.rule import LayerStats, Norms
 
 _DTYPES = {
     "float64": tl.float64,
@@ -27,8 +30,9 @@ _DTYPES = {
     "complex128": tl.float64,  # as pairs
     "complex64": tl.float32,
 }
-_FLAGS = ("nesterov", "clip", "adapt", "maximize", "zero_guard")
 _WARPS = 8
+_GRADIENTS, _OUT, _BUFFERS = map(ROWS.index, ("gradients", "out", "buffers"))
+_FLAGS = ("adapt", "decay")  # of Config; those of the layers take their place
 INTERPRETED = not isinstance(kernels.move, triton.JITFunction)
 
 
@@ -41,11 +45,27 @@ def unavailable() -> str | None:
     return "PyTorch finds no GPU"
 
 
+def facts() -> dict[str, str]:
+    """Return the GPUs, and why Triton runs no kernels on one of them, if so."""
+    if INTERPRETED:
+        return {"GPU": "none: TRITON_INTERPRET=1 has Triton run its kernels on the CPU"}
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = f"{device.total_memory / 2**30:.0f} GiB"
+        why = refusal_of(torch.device("cuda", index))
+        found[f"GPU {index}"] = (
+            f"{device.name}, {device.major}.{device.minor}, {memory}"
+            + (f", but {why}" if why else "")
+        )
+    return found
+
+
 @cache
-def broken(device: torch.device) -> str | None:
+def refusal_of(device: torch.device) -> str | None:
     """Say why Triton cannot run kernels on a device; tried once.
 
-    It needs a C compiler, for one, where its own were left out, and no old GPU.
+    For example without a C compiler, or on an old GPU.
     """
     try:
         with _current(device):
@@ -56,231 +76,266 @@ def broken(device: torch.device) -> str | None:
     return None
 
 
-def lengths(arrays: Sequence[Tensor]) -> Tensor:
-    """Return the length of each tensor, as a wide 1-d tensor."""
-    group = Group(arrays, arrays, [None] * len(arrays))
-    return group.norms(Config(momentum=0.0))[0]
-
-
-def step_(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    buffers: list[Any],
-    lr: Any,
+def bind(
+    layers: Layers,
     config: Config,
-    norms: tuple[Tensor, Tensor] | None = None,
-) -> Lengths:
-    """Move `weights` and `buffers` in place, see `larskit.engines`."""
-    keep = not is_zero(config.momentum)
-    kept = kept_buffers(weights, buffers, keep)
-    group = Group(weights, gradients, buffers, new_buffers=kept)
-    group.step_(lr, config, norms)
-    if keep:
-        buffers[:] = kept
-    return group.lengths
+    switches: Switches = DEFAULT,
+    *,
+    scales_gradients: bool = False,
+    former: Iterable[contract.Group] = (),
+) -> "Group":
+    """Bind layers of torch tensors, see `larskit.engines.contract.Engine`."""
+    del former  # carried norms are computed again where the groups change
+    if switches.differentiable:
+        raise Unsupported("autograd cannot record the steps of Triton's kernels")
+    if layers.out is not None and not scales_gradients:
+        raise Unsupported("Triton's kernels move weights in place only")
+    return Group(layers, config, switches, scales_gradients)
 
 
 class Group:
     """Layers of one device and dtype that were found fit for the kernels.
 
-    Its tables lie on the device, so that a step waits for nothing. They belong to the
+    Its tables are on the device, so that a step waits for nothing. They belong to the
     stream on which they were written, or to one CUDA graph.
 
     Parameters
     ----------
-    weights, gradients : sequences of Tensor
-        One of each for a layer.
-    buffers : sequence of Tensor or None
-        The momentum buffers; None for a layer without one.
-    new_buffers : sequence of Tensor or None, optional
-        Receive the new buffers. Default: the buffers do.
-    adapt, decay : sequence of bool, optional
-        Which layers are adapted and decayed, where a configuration says that any are.
-        Default: all.
+    layers, config, switches, scales_gradients
+        See `bind`.
 
     Raises
     ------
-    Unfit
+    Unsupported
         Naming a tensor and what is wrong with it. Nothing has changed then.
     """
 
+    engine = "triton"
+
     def __init__(
         self,
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        buffers: Sequence[Any],
-        new_buffers: Sequence[Any] | None = None,
-        *,
-        adapt: Sequence[bool] | None = None,
-        decay: Sequence[bool] | None = None,
+        layers: Layers,
+        config: Config,
+        switches: Switches = DEFAULT,
+        scales_gradients: bool = False,
     ) -> None:
-        """Check the tensors, and write where they lie into the tables."""
-        new_buffers = buffers if new_buffers is None else new_buffers
-        _check(weights, gradients, buffers, new_buffers)
-        self._gradients = list(gradients)
-        self._written = [*weights, *(v for v in new_buffers if v is not None)]
-        self._weights = self._written[: len(weights)]
-        pairs = zip(buffers, new_buffers, strict=True)
-        self._new = [v for old, v in pairs if old is None and v is not None]
-        self._dtypes = dtype_name(weights[0]), dtype_name(gradients[0])
-        self._gradient_dtype = gradients[0].dtype
-        self._device = weights[0].device
+        """Check the tensors, and write their addresses into the tables."""
+        self._dtypes = _checked(layers)
+        self._layers, self._switches = layers, switches
+        self._in_place = scales_gradients and layers.out is None
+        self._out = _out(layers, config, scales_gradients)
+        _check_out(layers, self._out, self._dtypes, scales_gradients)
+        self.weights: list[Tensor] = list(layers.weights)
+        self.buffers: list[Tensor | None] = list(layers.buffers)
+        self._scales = scales_gradients
+        # Without momentum too, buffers are written if all layers have one.
+        has_out = all(x is not None for x in self._out)
+        self._has_buffers = has_out and not scales_gradients
+        self._gradients: list[Tensor] = list(layers.gradients)
+        self._gradient_dtype = self._gradients[0].dtype
+        self._device = self.weights[0].device
         self._stream = _stream(self._device)
-        self.captured = layout.is_capturing(self._device)
-        self._strides = _strides(self._weights), _strides(gradients)
-        self._places = _addresses(self._written)
-        self._left: list[Any] | None = None  # the weights whose squares are known
-        columns = weights, gradients, buffers, new_buffers
-        flags = [x or [True] * len(weights) for x in (adapt, decay)]
-        self._make_tables(columns, flags)
+        self.captured = conditional.is_capturing(self._device)
+        fixed = [] if self._in_place else [x for x in self._out if x is not None]
+        self._fixed = [*self.weights, *fixed]
+        self._places = _addresses(self._fixed)
+        self._strides = _strides(self.weights), _strides(self._gradients)
+        self._missing = [
+            new
+            for old, new in zip(self.buffers, self._out, strict=True)
+            if old is None and new is not None and not scales_gradients
+        ]
+        self._carried: list[Any] | None = None  # marks of weights whose norms are known
+        self._full_stats = False
+        self._make_tables()
 
-    def _make_tables(self, columns: Sequence[Any], flags: Sequence[Any]) -> None:
-        weights = columns[0]
-        rows = [[address(x) for x in column] for column in columns]
-        sizes = [w.numel() * (2 if w.is_complex() else 1) for w in weights]
+    def _make_tables(self) -> None:
+        layers = self._layers
+        buffers = [None] * len(self.weights) if self._scales else layers.buffers
+        columns = layers.weights, layers.gradients, self._out, buffers
+        addresses = [[address(x) for x in column] for column in columns]
+        sizes = [w.numel() * (2 if w.is_complex() else 1) for w in self.weights]
         blocks = [-(-size // kernels.BLOCK.value) for size in sizes]
         *firsts, self._blocks = accumulate(blocks, initial=0)
-        rows += [sizes, firsts, *flags]
-        table = layout.integers([x for row in rows for x in row], self._device)
-        self._addresses = rows[kernels.Variant.G]
-        self._table = table.view(len(rows), len(weights))
+        flags = [[int(x) for x in column] for column in (layers.adapt, layers.decay)]
+        rows = [*addresses, sizes, firsts, *flags]
+        table = conditional.integers([x for row in rows for x in row], self._device)
+        self._table = table.view(len(rows), len(self.weights))
+        self._addresses = addresses[_GRADIENTS]
+        # Which layer each block belongs to, so that a program finds its own.
         every = torch.arange(self._blocks, device=self._device)
-        firsts = self._table[kernels.Variant.FIRST]
+        firsts = self._table[ROWS.index("first")]
         self._owners = torch.searchsorted(firsts, every, right=True).sub_(1)
-        self._sums = self._empty(2, self._blocks)
-        self._lengths = self._empty(3, len(weights))
-        self._numbers = self._empty(len(kernels.NUMBERS)).zero_()
-        self._held: list[Any] = [None] * len(kernels.NUMBERS)
+        self._sums = self._empty(3, self._blocks)
+        self._stats = self._empty(4, len(self.weights))
+        self._numbers = self._empty(len(NUMBERS)).zero_()
+        self._held: list[Any] = [None] * len(NUMBERS)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=self._device)
 
-    def aim(self, gradients: list[Any]) -> bool:
-        """Take other gradients for the next step, if they and all else fit as before.
+    def rebind(self, gradients: Arrays) -> bool:
+        """Use other gradients, if they and all else fit as before.
 
         What is part of a CUDA graph stays as it was captured, for good.
         """
-        captures = layout.is_capturing(self._device)
+        gradients = list(gradients)
+        captures = conditional.is_capturing(self._device)
         if not (
             not self.captured
             and (captures or _stream(self._device) == self._stream)
             and _are_plain(gradients, self._gradient_dtype)
-            and (_strides(self._weights), _strides(gradients)) == self._strides
-            and _addresses(self._written) == self._places
+            and (_strides(self.weights), _strides(gradients)) == self._strides
+            and _addresses(self._fixed) == self._places
         ):
             return False
         addresses = _addresses(gradients)
         if addresses != self._addresses:
             if captures:
                 return False
-            row = self._table[kernels.Variant.G]
-            row.copy_(layout.integers(addresses, self._device))
-            self._addresses = addresses
+            self._write_addresses(addresses)
         self.captured = captures
         self._gradients = gradients
+        if self._in_place:
+            self._out = list(gradients)
         return True
+
+    def _write_addresses(self, addresses: list[int]) -> None:
+        row = conditional.integers(addresses, self._device)
+        self._table[_GRADIENTS].copy_(row)
+        if self._in_place:
+            self._table[_OUT].copy_(row)
+        self._addresses = addresses
+
+    def check(self, lr: Scalar, config: Config) -> None:
+        """Refuse what a CUDA graph could not repeat."""
+        check_capture(self._layers, self.buffers, lr, config, self._switches)
+
+    def norms(self, config: Config, grad_scale: Array | None = None) -> Norms:
+        """Return the norms of each layer, as two vectors."""
+        how = self._variant(config, unscales=grad_scale is not None)
+        arguments = self._arguments(None, config, grad_scale)
+        with _current(self._device):
+            self._measure(arguments, how)
+        w_norms, q = self._stats[:2].clone()
+        return w_norms, q
 
     def step_(
         self,
-        lr: Any,
+        lr: Scalar,
         config: Config,
-        norms: tuple[Tensor, Tensor] | None = None,
+        norms: Norms | None = None,
         *,
-        carry: bool = False,
-        scale: Tensor | None = None,
-        permitted: Tensor | None = None,
+        grad_scale: Array | None = None,
+        apply_if: bool | Array = True,
+        full_stats: bool = False,
     ) -> None:
-        """Move every layer along the gradients that were given last, once.
-
-        Parameters
-        ----------
-        lr : float or Tensor of one element
-            The learning rate; a tensor is read on the device.
-        config : Config
-            The hyper-parameters; tensors in it are on the device.
-        norms : pair of Tensor, optional
-            The lengths of the weights and of what is measured, if known.
-        carry : bool, default=False
-            Measure the new weights on the way, so that the next step need not, if
-            nobody else writes them until then.
-        scale : Tensor of one element, optional
-            What the loss, and hence the gradients, were multiplied by.
-        permitted : Tensor of one bool, optional
-            Nothing moves where it is false. The first buffers are then zeros, which
-            differs from the rule where it would dampen what enters them.
-        """
-        assert self._gradients, "a group steps once along its gradients"
-        arguments = self._arguments(lr, config, scale, permitted)
-        how = self._variant(config, scale, permitted, carry)
-        if permitted is not None:
-            for v in self._new:
+        """Move every layer along the gradients that were bound last, once."""
+        assert self._gradients, (
+            "these gradients were used already: rebind the group before the next step"
+        )
+        if isinstance(apply_if, Tensor) and dampens_first(self.buffers, config):
+            apply_if = bool(apply_if)
+        flag = beside(apply_if, self.weights[0]) if _is_tensor(apply_if) else None
+        applies = flag is not None or bool(apply_if)
+        self._full_stats = full_stats
+        how = self._variant(
+            config,
+            unscales=grad_scale is not None,
+            conditional=flag is not None,
+            carries=self._switches.carry_norms and applies,
+            full_stats=full_stats,
+        )
+        arguments = self._arguments(lr, config, grad_scale, flag)
+        if flag is not None:  # the device may skip the step, and leaves zeros then
+            for v in self._missing:
                 v.zero_()
             self._begin()
         with _current(self._device):
-            self._rate(arguments, how, norms)
-            _launch(kernels.move, self._blocks, *arguments, how)
-        self._begin()
+            self._measure(arguments, how, norms)
+            if applies:
+                self._move(arguments, how)
         self._gradients = []
-        torch.autograd.graph.increment_version(self._written)
-        self._left = self._marks() if carry else None
+        if applies:
+            self._begin()
+            self._carried = self._marks() if how.carries else None
+        elif full_stats:
+            self._stats[3].zero_()
 
-    def norms(
-        self, config: Config, scale: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the lengths of the weights and of what is measured beside them.
-
-        The step is still to be taken.
-        """
-        arguments = self._arguments(None, config, scale)
-        how = self._variant(config, scale)
-        with _current(self._device):
-            self._rate(arguments, how)
-        return self._lengths[0], self._lengths[1]
-
-    def rated(self, lr: Any, config: Config, norms: tuple[Tensor, Tensor]) -> Lengths:
-        """Return the trust ratios of a step that is not taken, to given lengths."""
-        arguments = self._arguments(lr, config)
-        with _current(self._device):
-            self._rate(arguments, self._variant(config), norms)
-        return self.lengths
-
-    def _rate(
-        self, arguments: Any, how: kernels.Variant, norms: Any | None = None
+    def _measure(
+        self, arguments: Any, how: Variant, norms: Norms | None = None
     ) -> None:
+        """Compute the norms, unless they are given, and the trust ratios."""
         if norms is None:
             _launch(kernels.measure, self._blocks, *arguments, how)
         else:
-            for own, given in zip(self._lengths, norms, strict=False):
+            for own, given in zip(self._stats[:2], norms, strict=True):
                 own.copy_(given)
         given = norms is not None
-        _launch(kernels.finish, len(self._weights), *arguments, how, given)
+        _launch(kernels.finish, len(self.weights), *arguments, how, given)
 
-    @property
-    def lengths(self) -> Lengths:
-        """What the last step measured, until the next."""
-        return Lengths(*self._lengths.unbind())
+    def _move(self, arguments: Any, how: Variant) -> None:
+        _launch(kernels.move, self._blocks, *arguments, how)
+        if how.full_stats:
+            _launch(kernels.finish_update, len(self.weights), *arguments, how)
+        torch.autograd.graph.increment_version(self._fixed)
 
     def _begin(self) -> None:
-        """Have new buffers count as buffers from now on."""
-        if self._new:
-            self._table[kernels.Variant.V].copy_(self._table[kernels.Variant.NEW_V])
-            self._new = []
+        """Use the new buffers from now on."""
+        if self._missing:
+            self._table[_BUFFERS].copy_(self._table[_OUT])
+            self._missing = []
+            self.buffers = self._out
+
+    @property
+    def stats(self) -> LayerStats:
+        """The statistics of the last step, until the next."""
+        w_norms, q, ratios, update_norms = self._stats.unbind()
+        return LayerStats(
+            w_norms,
+            q,
+            ratios,
+            self._layers.adapt,
+            self._layers.decay,
+            update_norms if self._full_stats else None,
+        )
+
+    def scale_gradients(
+        self,
+        config: Config,
+        norms: Norms | None = None,
+        grad_scale: Array | None = None,
+    ) -> Arrays:
+        """Write ``r*u`` for each layer, see `larskit.rule.scaled_gradient`."""
+        how = self._variant(config, keeps_scale=grad_scale is not None)
+        arguments = self._arguments(0.0, config, grad_scale)
+        with _current(self._device):
+            self._measure(arguments, how, norms)
+            _launch(kernels.scale, self._blocks, *arguments, how)
+        torch.autograd.graph.increment_version(self._out)
+        self._gradients = []
+        return self._out
 
     def _arguments(
         self,
-        lr: Any,
+        lr: Scalar | None,
         config: Config,
-        scale: Tensor | None = None,
-        permitted: Tensor | None = None,
+        grad_scale: Array | None = None,
+        apply_if: Tensor | None = None,
     ) -> tuple[Any, ...]:
-        """Write the hyper-parameters that are new, and return what kernels get."""
-        values = {**vars(config), "lr": lr, "weight_decay": weight_decay(config)}
-        for i, name in enumerate(kernels.NUMBERS):
-            value = values[name]
+        """Write the hyper-parameters that are new, and return what kernels get.
+
+        A tensor is read where it is, at each step; what comes from another device is
+        copied without waiting.
+        """
+        w = self.weights[0]
+        lr, grad_scale = beside(lr, w), beside(grad_scale, w)
+        for i, name in enumerate(NUMBERS):
+            value = lr if name == "lr" else getattr(config, name)
             if value is None or (value is lr and isinstance(lr, Tensor)):
-                continue  # not asked for, or read where it is
+                continue  # not needed, or read where it is
             if isinstance(value, Tensor):
-                self._numbers[i].copy_(value.view(()))
+                self._numbers[i].copy_(value.view(()), non_blocking=True)
                 self._held[i] = None
             elif value != self._held[i]:
                 self._numbers[i].fill_(value)
@@ -288,68 +343,89 @@ class Group:
         return (
             self._table,
             self._owners,
-            len(self._weights),
+            len(self.weights),
             self._blocks,
             self._sums,
-            self._lengths,
+            self._stats,
             lr if isinstance(lr, Tensor) else self._numbers,
             self._numbers,
-            self._numbers if scale is None else scale,
-            self._numbers if permitted is None else permitted,
+            self._numbers if grad_scale is None else grad_scale,
+            self._numbers if apply_if is None else apply_if,
         )
 
-    def _variant(
-        self,
-        config: Config,
-        scale: Tensor | None = None,
-        permitted: Tensor | None = None,
-        carry: bool = False,
-    ) -> kernels.Variant:
+    def _variant(self, config: Config, **how: bool) -> Variant:
+        """Return what the kernels are compiled for."""
+        layers = self._layers
+        decays = not is_zero(config.weight_decay) and any(layers.decay)
+        choices = {name: getattr(config, name) for name in CHOICES}
+        choices |= {"adapt": any(layers.adapt), "decay": decays}
+        carried = self._carried is not None and self._carried == self._marks()
         return _variant(
             *self._dtypes,
-            config.denominator,
-            config.lr_placement,
-            *(bool(getattr(config, name)) for name in _FLAGS),
-            not is_zero(weight_decay(config)),
-            not is_zero(config.momentum),
-            scale is not None,
-            permitted is not None,
-            self._left is not None and self._left == self._marks(),
-            carry,
+            tuple(choices.values()),
+            momentum=self._has_buffers,
+            carried=carried,
+            **how,
         )
 
     def _marks(self) -> list[Any]:
-        """Return what changes when somebody writes a weight."""
-        return [w._version for w in self._weights]
+        """Return what changes when another caller writes a weight."""
+        return [w._version for w in self.weights]
 
 
 @cache
 def _variant(
-    w: str, g: str, denominator: str, placement: str, *flags: bool
-) -> kernels.Variant:
+    w: str, g: str, choices: tuple[Any, ...], *, momentum: bool, **how: bool
+) -> Variant:
     dtypes = _DTYPES[w], _DTYPES[g]
-    wide = tl.float64 if tl.float64 in dtypes else tl.float32
-    return kernels.Variant(*dtypes, wide, denominator, placement == "inside", *flags)
+    compute = tl.float64 if tl.float64 in dtypes else tl.float32
+    named = dict(zip(CHOICES, choices, strict=True))
+    return Variant(*dtypes, compute, **named, momentum=momentum, **how)
 
 
-def _check(weights: Any, gradients: Any, buffers: Any, new_buffers: Any) -> None:
+def _checked(layers: Layers) -> tuple[str, str]:
+    """Refuse tensors that the kernels cannot use; return the dtypes of w and g."""
     if why := unavailable():
-        raise Unfit(why)
+        raise Unsupported(why)
+    weights, gradients = layers.weights, layers.gradients
     device = weights[0].device
     if device.type != ("cpu" if INTERPRETED else "cuda"):
-        raise Unfit(f"weight 0 is on the device {device}")
-    if why := broken(device):
-        raise Unfit(why)
+        raise Unsupported(f"weight 0 is on the device {device}")
+    if why := refusal_of(device):
+        raise Unsupported(why)
     w_dtype, g_dtype = dtype_name(weights[0]), dtype_name(gradients[0])
     if not {w_dtype, g_dtype} <= {*_DTYPES} or (
         w_dtype != g_dtype and "complex" in w_dtype + g_dtype
     ):
-        raise Unfit(f"weight 0 is {w_dtype} and its gradient {g_dtype}")
+        raise Unsupported(f"weight 0 is {w_dtype} and its gradient {g_dtype}")
     where = str(device)
-    check("weight", weights, weights, w_dtype, where, written=True)
+    check("weight", weights, weights, w_dtype, where, written=layers.out is None)
     check("gradient", gradients, weights, g_dtype, where)
-    check("momentum buffer", buffers, weights, w_dtype, where)
-    check("new momentum buffer", new_buffers, weights, w_dtype, where, written=True)
+    check("momentum buffer", layers.buffers, weights, w_dtype, where)
+    return w_dtype, g_dtype
+
+
+def _out(layers: Layers, config: Config, scales: bool) -> list[Tensor | None]:
+    """Return what is written beside the weights: new buffers, or scaled gradients."""
+    if not scales:
+        keeps = not is_zero(config.momentum)
+        return new_buffers(layers.weights, layers.buffers, keeps)
+    if layers.out is None:
+        return list(layers.gradients)
+    pairs = zip(layers.gradients, layers.out, strict=True)
+    return [torch.empty_like(g) if out is None else out for g, out in pairs]
+
+
+def _check_out(
+    layers: Layers, out: list[Tensor | None], dtypes: tuple[str, str], scales: bool
+) -> None:
+    what, dtype = ("result", dtypes[1]) if scales else ("momentum buffer", dtypes[0])
+    where = str(layers.weights[0].device)
+    check(what, out, layers.weights, dtype, where, written=True)
+
+
+def _is_tensor(x: object) -> bool:
+    return isinstance(x, Tensor)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
