@@ -21,7 +21,7 @@ ALLOWED = {
     "norm": {"arrays"},
     "rule": {"arrays", "config", "norm"},
     "tree": {"arrays", "names"},
-    "layers": {"arrays", "config", "select", "tree"},
+    "leaves": {"arrays", "config", "select", "tree"},
     # where the rule runs: the contract, and the engines behind it
     "engines.contract": {"arrays", "config", "rule"},
     "engines.conditional": {"arrays", "config", "engines.contract"},
@@ -51,7 +51,7 @@ ALLOWED = {
     "norms.dtensor": {"arrays", "engines"},
     "norms.mesh": set(),
     # the functions, the hook, containers with methods
-    "functional": {"arrays", "config", "engines", "layers", "select", "tree"},
+    "functional": {"arrays", "config", "engines", "leaves", "select", "tree"},
     "hook": {
         *("arrays", "config", "engines", "jax.transform", "norms", "norms.dtensor"),
         "torch.attach",
@@ -62,7 +62,7 @@ ALLOWED = {
     "state.files": {"arrays"},
     "state.portable": {"arrays", "config", "names", "state.files"},
     "state.functional": {
-        *("arrays", "config", "functional", "layers", "select", "state.portable"),
+        *("arrays", "config", "functional", "leaves", "select", "state.portable"),
         "tree",
     },
     # the optimizers

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from larskit.config import PER_LAYER
 from larskit.rule import LayerStats
-from larskit.torch.options import PER_LAYER, Groups, is_selected, policy_of
+from larskit.torch.options import Groups, is_selected, policy_of
 from larskit.torch.plan import Plan, name_of
 from larskit.torch.stepper import Stepper
 

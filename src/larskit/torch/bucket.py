@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from larskit import engines
-from larskit.config import Config
+from larskit.config import PER_LAYER, Config
 from larskit.engines import Layers
 from larskit.norms import is_sharded
 from larskit.rule import Norms
-from larskit.torch.options import PER_LAYER, Settings, is_selected
+from larskit.torch.options import Settings, is_selected
 
 MOMENTUM, MASTER = "momentum_buffer", "master_weight"
 LOW_PRECISION = (torch.float16, torch.bfloat16)

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from larskit import config as _config
-from larskit.torch.options import PER_LAYER, Groups, is_selected
+from larskit.config import PER_LAYER
+from larskit.torch.options import Groups, is_selected
 from larskit.torch.plan import Plan, name_of
 
 _SHOWN = 6  # names in a repr
