@@ -46,7 +46,7 @@ ALLOWED = {
         *("arrays", "config", "engines.conditional", "engines.contract"),
         *("engines.layout", "engines.triton.kernels", "rule"),
     },
-    "engines.triton.kernels": set(),
+    "engines.triton.kernels": {"config"},
     "norms": {"arrays"},
     "norms.dtensor": {"arrays", "engines"},
     "norms.mesh": set(),
@@ -76,13 +76,17 @@ ALLOWED = {
         *("engines", "norm", "norms", "norms.dtensor", "torch.bucket"),
         "torch.options",
     },
-    "torch.stepper": {"engines", "norms", "rule", "torch.options", "torch.plan"},
+    "torch.stepper": {
+        *("config", "engines", "norms", "rule", "torch.options", "torch.plan"),
+    },
     "torch.attach": {"config", "norms", "torch.options", "torch.plan"},
-    "torch.backward": {"rule", "torch.options", "torch.plan", "torch.stepper"},
+    "torch.backward": {
+        *("config", "rule", "torch.options", "torch.plan", "torch.stepper"),
+    },
     "torch.describe": {"config", "torch.options", "torch.plan"},
     "torch.foreign": {"arrays", "config", "torch.bucket", "torch.options"},
     "torch.portable": {
-        *("arrays", "norms", "norms.dtensor", "state", "state.portable"),
+        *("arrays", "config", "norms", "norms.dtensor", "state", "state.portable"),
         *("torch.options", "torch.plan"),
     },
     "torch.optimizer": {
@@ -106,8 +110,8 @@ ALLOWED = {
         *("arrays", "config", "keras.variables", "state", "state.portable"),
     },
     "keras.optimizer": {
-        *("arrays", "config", "keras.portable", "keras.variables", "rule", "select"),
-        *("state", "state.portable"),
+        *("arrays", "config", "keras.portable", "keras.variables", "names", "rule"),
+        *("select", "state", "state.portable"),
     },
     # the command line, which uses only what is public
     "app": set(),

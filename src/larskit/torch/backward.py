@@ -139,6 +139,7 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> StepInBackward:
 
     Examples
     --------
+    >>> from larskit.torch import LARS
     >>> model = torch.nn.Linear(4, 2)
     >>> optimizer = LARS(model.parameters(), lr=2.0)
     >>> handle = step_in_backward(optimizer)

@@ -83,6 +83,12 @@ class Bucket:
         self, settings: Settings, former: "list[Bucket]", scales_gradients: bool
     ) -> None:
         """Bind the parameters to the engine that steps them, or scales gradients."""
+        for name in ("carry_norms", "differentiable"):
+            if self.key.sharded and getattr(settings.switches, name):
+                raise RuntimeError(
+                    f"{name}=True is not supported for sharded parameters, whose norms "
+                    "are reduced over all processes: omit it"
+                )
         gradients = [self._gradient(p) for p in self.params]
         # Scaled gradients are new tensors: those of the parameters are not ours.
         out = [None] * len(gradients) if scales_gradients else None

@@ -294,7 +294,7 @@ class LARS(torch.optim.Optimizer):
         >>> print(optimizer.describe())
         layer   shape  adapted  decayed  engine
         weight  2x4    yes      yes      none yet
-        bias    2      no       no       none yet  steps at the raw rate of 2: ...
+        bias    2      no       no       none yet  raw rate 2: lower it
         """
         return describe.table(self.param_groups, self._stepper.plans)
 
