@@ -13,7 +13,6 @@ from larskit import engines, rule
 from larskit.config import Config
 from larskit.engines import (
     Engine,
-    Group,
     Layers,
     Switches,
     Unsupported,
@@ -70,7 +69,7 @@ def assert_close(engine: str, found: Any, expected: Any) -> None:
         torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
 
 
-def assert_stats(engine: str, group: Group, rows: list[Any]) -> None:
+def assert_stats(engine: str, group: Any, rows: list[Any]) -> None:
     stats = group.stats
     assert list(stats.adapted) == ADAPT
     assert list(stats.decayed) == DECAY
@@ -167,7 +166,7 @@ def test_a_conditional_step(
     bound = layers(buffers)
     rows = restated(bound, 0.5, config)
     before = [x.clone() for x in bound.weights]
-    kept = [None if v is None else v.clone() for v in bound.buffers]
+    kept: list[Any] = [None if v is None else v.clone() for v in bound.buffers]
     switches = Switches(capturable=engine != "native")
     group: Any = ENGINES[engine].bind(bound, config, switches)
     apply_if = torch.tensor(flag, device=DEVICE) if on_device else flag
