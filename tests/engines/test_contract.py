@@ -176,6 +176,7 @@ def test_a_conditional_step(
         assert_close(engine, group.weights, [row[0] for row in rows])
         return
     assert all(map(torch.equal, group.weights, before))
+    v: Any
     for v, old in zip(group.buffers, kept, strict=True):
         nothing_yet = v is None or not v.any()
         assert nothing_yet if old is None else torch.equal(v, old)
