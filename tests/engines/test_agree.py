@@ -64,9 +64,15 @@ def each_step_agrees(name, config, dtype):
         state = new
 
 
+def some(name):
+    """Return options and dtypes; few for Triton's interpreter, which is slow."""
+    rows = covering(dtypes(name))
+    return rows[::3] if name == "triton" and DEVICE == "cpu" else rows
+
+
 @pytest.mark.parametrize(
     ("name", "config", "dtype"),
-    [(name, *row) for name in ENGINES for row in covering(dtypes(name))],
+    [(name, *row) for name in ENGINES for row in some(name)],
 )
 def test_each_step_agrees_with_the_reference(name, config, dtype):
     each_step_agrees(name, config, dtype)
@@ -98,7 +104,8 @@ def test_norms_that_are_given_are_used(engine):
 @pytest.mark.parametrize("engine", ALL)
 def test_norms(engine):
     w = [torch.tensor([3.0, 4.0], device=DEVICE), ones(2, 0), ones(4)]
-    layers = Layers(w, w, [None] * 3, [True] * 3, [True] * 3)
+    g = [x.clone() for x in w]
+    layers = Layers(w, g, [None] * 3, [True] * 3, [True] * 3)
     for found in engine.bind(layers, Config()).norms(Config()):
         assert found.dtype == torch.float64
         assert found.tolist() == [5.0, 0.0, 2.0]

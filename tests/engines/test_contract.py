@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CONFIGS, DEVICE, covering, short
+from cases import CONFIGS, DEVICE, covering
 
 from larskit import engines, rule
 from larskit.config import Config
@@ -88,7 +88,7 @@ every_engine = pytest.mark.parametrize("engine", ENGINES)
 def on(all_configs: list[Config], interpreted: list[Config]) -> Any:
     """Run a test on every engine, with as many configurations as it has time for."""
     rows = [
-        pytest.param(engine, config, id=f"{engine}-{short(config)}")
+        (engine, config)
         for engine in ENGINES
         for config in (
             interpreted if engine == "triton" and DEVICE == "cpu" else all_configs
