@@ -102,7 +102,7 @@ some_configs = on(CONFIGS[::5], PAIRS[::6])
 
 
 @every_config
-@pytest.mark.parametrize("buffers", [True, False], ids=["later step", "first step"])
+@pytest.mark.parametrize("buffers", [True, False], ids=["later", "first"])
 def test_a_step(engine: str, config: Config, buffers: bool) -> None:
     bound = layers(buffers)
     rows = restated(bound, 0.5, config)
@@ -157,7 +157,7 @@ def test_full_statistics(engine: str, config: Config) -> None:
 
 
 @some_configs
-@pytest.mark.parametrize("buffers", [True, False], ids=["later step", "first step"])
+@pytest.mark.parametrize("buffers", [True, False], ids=["later", "first"])
 @pytest.mark.parametrize("on_device", [True, False], ids=["tensor", "bool"])
 @pytest.mark.parametrize("flag", [True, False], ids=["applied", "not applied"])
 def test_a_conditional_step(
@@ -253,7 +253,7 @@ def test_carried_norms_are_refused_or_used(engine: str) -> None:
 
 
 @every_engine
-@pytest.mark.parametrize("buffers", [True, False], ids=["later step", "first step"])
+@pytest.mark.parametrize("buffers", [True, False], ids=["later", "first"])
 def test_results_go_where_they_are_to(engine: str, buffers: bool) -> None:
     config = Config(weight_decay=0.1)
     given = full(7, 4, 3)
