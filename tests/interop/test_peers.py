@@ -251,7 +251,7 @@ def restated(rule: Callable[..., Any], **arguments: Any) -> Trajectory:
 
 
 class Case(NamedTuple):
-    """A peer by its name in docs/implementations.md, and what differs from what stands there."""
+    """An implementation, by its name in the docs, and what differs from that page."""
 
     peer: str
     run: Callable[[], Trajectory]
