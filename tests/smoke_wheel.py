@@ -18,10 +18,8 @@ def main() -> None:
     assert native.unavailable() is None, native.unavailable()
     w, g = np.full(4, 2.0, "float32"), np.full(4, 4.0, "float32")
     assert larskit.lars_update(w, g, 0.5).tolist() == [1.0] * 4
-    layers, config = (
-        Layers([w], [g], [None], [True], [True]),
-        Config(trust_coefficient=1.0),
-    )
+    layers = Layers([w], [g], [None], [True], [True])
+    config = Config(trust_coefficient=1.0)
     native.bind(layers, config).step_(0.5, config)
     assert w.tolist() == [1.0] * 4
     command = Path(sysconfig.get_path("scripts")) / "larskit"
