@@ -1,14 +1,13 @@
 """Compare an ordinary training step with one that steps in the backward pass.
 
-A net of `LAYERS` linear layers, a batch of `BATCH`: forward, backward, step. Each way
-has a process of its own, so that the peak of its resident memory (Linux) is its own;
-they take turns, and the ratio is the median of those of each turn::
+A network of `LAYERS` linear layers and a batch of `BATCH`: forward, backward, step.
+Each way runs in its own process, so that its peak resident memory (Linux) is its own.
+The processes take turns, and the ratio is the median over the turns::
 
     .venv/bin/python benchmarks/backward.py
 
-The C library (glibc) is told to give freed arrays back to the system. Left to itself it
-keeps those that lie between others, which then count as resident though nobody uses
-them.
+The C library (glibc) is set to return freed memory to the system. By default it keeps
+freed memory between other allocations, which then counts as resident.
 """
 
 import argparse
@@ -24,7 +23,7 @@ WAYS = ("ordinary", "in backward")
 
 
 def serve(way: str, pipe: Any) -> None:
-    """Train a step whenever asked; answer with its seconds and the peak so far."""
+    """Train one step per message; answer with its seconds and the peak memory."""
     import torch
 
     from larskit.torch import LARS, step_in_backward
@@ -69,7 +68,7 @@ def measure(rounds: int) -> dict[str, list[tuple[float, int]]]:
 
 
 def main() -> None:
-    """Print both ways."""
+    """Measure both ways and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
     found = measure(parser.parse_args().rounds)

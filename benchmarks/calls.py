@@ -4,10 +4,10 @@
 
     .venv/bin/python benchmarks/calls.py
 
-A call counts if the function is larskit's own; comprehensions and each resumption of a
-generator are calls to Python 3.11. The depth is the number of own frames on the stack.
-Eight parameters: the weights and biases of four linear layers. Torch's fused SGD is
-there for comparison, with the calls of `torch.optim`.
+A call counts if the function is larskit's own. In Python 3.11 comprehensions, and each
+resumption of a generator, are calls too. The depth is the number of larskit's frames on
+the stack. The eight parameters are the weights and biases of four linear layers.
+Torch's fused SGD is measured for comparison, by the calls in `torch.optim`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ WARM_UP = 3
 
 
 def calls(step: Callable[[], Any], folder: str) -> tuple[int, int]:
-    """Return the calls of functions below a folder, and their greatest depth."""
+    """Return the calls of functions in a folder, and their greatest depth."""
     count = deepest = depth = 0
 
     def look(frame: FrameType, event: str, _: object) -> None:
@@ -51,7 +51,7 @@ def calls(step: Callable[[], Any], folder: str) -> tuple[int, int]:
 
 
 def optimizers(params: list[torch.nn.Parameter]) -> dict[str, tuple[Any, str]]:
-    """Return the optimizers, and where the functions that count are."""
+    """Return the optimizers, and the folder whose functions count."""
     hooked = torch.optim.SGD(params, 1e-5, 0.9, fused=True)
     GradientLARS(weight_decay=1e-4).attach(hooked)
     sgd = torch.optim.SGD(params, 1e-5, 0.9, fused=True)
@@ -63,7 +63,7 @@ def optimizers(params: list[torch.nn.Parameter]) -> dict[str, tuple[Any, str]]:
 
 
 def main() -> None:
-    """Print a table."""
+    """Count the calls, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.parse_args()
     params = [p for _ in range(4) for p in torch.nn.Linear(64, 64).parameters()]

@@ -1,4 +1,4 @@
-"""Time one optimizer step on a GPU: ours, torch's SGD, and every LARS that is there.
+"""Time one optimizer step on a GPU: larskit, torch's SGD, and every installed LARS.
 
 On one GPU, in less than eight minutes::
 
@@ -6,34 +6,35 @@ On one GPU, in less than eight minutes::
     PYTHONPATH=src python3 benchmarks/gpu_step.py --dtype bfloat16 --shapes ViT-L/16
     .venv/bin/python benchmarks/gpu_step.py --dry-run
 
-The peers are those of the Python that runs this, else those of the environment that
-``make environments`` makes. A row whose package is missing, or that fails, says so in
-the table. Where Triton's kernels cannot run, "larskit LARS" is our foreach engine, and
-the row with carried norms says why. A dry run goes the same way on the CPU in a minute
-or two, with tiny shapes, Triton's interpreter and no CUDA graphs. What it says of the
-time means nothing, so that it writes no files.
+Other implementations come from the Python that runs this, else from the environment
+that ``make environments`` creates. If a package is missing or a row fails, the table
+says so. Where Triton's kernels cannot run, "larskit LARS" is the foreach engine, and
+the row with carried norms shows the reason. A dry run exercises the same code path on
+the CPU in a minute or two, with tiny shapes, Triton's interpreter and no CUDA graphs.
+Its times mean nothing, so it writes no files.
 
-Each row is measured beside ``torch.optim.SGD(fused=True)``: both take turns, in an
-order of their own in each round, for the row's share of the ``--seconds`` of a model.
-The table gives the medians, and the ratios to this yardstick in the same round; its own
-row shows what noise does. A turn is many steps, enqueued one after the other and each
-between two CUDA events, of which the median counts. So a step that the host takes
-longer to enqueue than the GPU to do has the host's time. As a CUDA graph the same step
-is replayed, beside a replayed yardstick; a step that waits for the device cannot be
-captured. JAX's rows are compiled, with weights and state donated, and have no events: a
-turn is a chain of steps with one wait at its end, divided by their number.
+Each row is compared with ``torch.optim.SGD(fused=True)``, the baseline. The two take
+turns, in a new random order in each round, for the row's share of the ``--seconds`` of
+a model. The table shows the medians, and the ratios to the baseline in the same round;
+the baseline's own row shows the noise. A turn enqueues many steps one after the other,
+each between two CUDA events, and its result is their median. If the host takes longer
+to enqueue a step than the GPU to run it, the host's time is measured. As a CUDA graph
+the same step is replayed, and compared with a replayed baseline; a step that waits for
+the device cannot be captured. JAX's rows are compiled, with weights and state donated,
+and without events: a turn is a sequence of steps with one wait at its end, divided by
+their number.
 
-All rows of a model step the same weights along the same gradients, at a rate so small
-that the weights stay what they are. Only the state is a row's own, and given back after
-its measurement, so that 1.3 billion float32 parameters should fit in 80 GB. Some peers
-write into the gradients: these are restored before each of their steps, outside of what
-is timed, which hides a little of the host's time, in their favour.
+All rows of a model step the same weights along the same gradients, with a learning rate
+so small that the weights stay nearly the same. Each row has its own state, which is
+freed after its measurement, so that 1.3 billion float32 parameters should fit in 80 GB.
+Some implementations write into the gradients. These are restored before each of their
+steps, outside the timed part; this hides a little of the host's time, in their favour.
 
-The speed is that of the passes over the parameters that a row needs at least (see
-`rows.Row`), as a share of what a large copy reads and writes. Nothing is flushed from
-the caches between steps. A model whose weights, gradients and state fit in the L2 cache
-stays there, and can be faster than a copy; of a larger one the cache holds what was
-touched last.
+The speed is the number of memory passes of a row (see `rows.Row`) times the size of the
+parameters, divided by its time, as a share of the speed of a large copy. Nothing is
+flushed from the caches between steps. A model whose weights, gradients and state fit in
+the L2 cache stays there and can be faster than a copy; of a larger model the cache
+contains the part that was used last.
 
 Written to ``benchmarks/results`` after each model: ``gpu.md`` and ``gpu.json``.
 """
@@ -53,7 +54,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-# Before Triton is imported, as some parts of torch do.
+# Set before Triton is imported, which some parts of torch do.
 os.environ["TRITON_INTERPRET"] = "1" if "--dry-run" in sys.argv else "0"
 
 import numpy as np
@@ -78,26 +79,26 @@ MODELS = {
 DTYPES = ("float32", "bfloat16", "float16")
 LEAST_ROUNDS = 3
 
-AT_MOST, AT_MOST_IN_CACHE = 1.4, 1.1  # times the yardstick
+AT_MOST, AT_MOST_IN_CACHE = 1.4, 1.1  # times the baseline
 OF_COPY = {VIT_L: 0.85}
-TIMES_FASTER = {RESNET: 5.0}  # than the fastest peer's LARS
+TIMES_FASTER = {RESNET: 5.0}  # than the fastest other LARS
 
 Params = list[Tensor]
 Step = Callable[[], Any]
-Clock = Callable[[int], list[float]]  # takes so many steps, returns seconds of a step
+Clock = Callable[[int], list[float]]  # takes steps, returns the seconds of each
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Row:
-    """How an optimizer is made, and what it must do at least.
+    """How an optimizer is made, and its least number of memory passes.
 
     Attributes
     ----------
-    kind : {"sgd", "lars", "peer"}
-        "lars" are ours.
+    kind : {"sgd", "lars", "other"}
+        "lars" is larskit, "other" another implementation.
     passes : int
-        How often a step must read or write an array of the parameters' size.
+        Reads and writes of arrays of the parameters' size in a step.
     make : callable
         Takes the parameters, and whether a graph will capture the step; in JAX nothing.
     jax : bool
@@ -106,7 +107,7 @@ class Row:
         Whether a step writes into the gradients.
     """
 
-    kind: Literal["sgd", "lars", "peer"]
+    kind: Literal["sgd", "lars", "other"]
     passes: int
     make: Callable[..., Any]
     jax: bool = False
@@ -148,22 +149,22 @@ ROWS = {
     OURS: Row("lars", 7, ours),
     "larskit LARS (carried norms)": Row("lars", 6, partial(ours, carry_norms=True)),
     "larskit LARS (foreach)": Row("lars", 7, partial(ours, foreach=True)),
-    "timm Lars": Row("peer", 7, lambda p, _: timm(p, False)),
-    "timm Lars (foreach)": Row("peer", 7, lambda p, _: timm(p, True)),
+    "timm Lars": Row("other", 7, lambda p, _: timm(p, False)),
+    "timm Lars (foreach)": Row("other", 7, lambda p, _: timm(p, True)),
     "pytorch-optimizer LARS": Row(
-        "peer", 7, lambda p, _: pytorch_optimizer(p, False), writes=True
+        "other", 7, lambda p, _: pytorch_optimizer(p, False), writes=True
     ),
     "pytorch-optimizer LARS (foreach)": Row(
-        "peer", 7, lambda p, _: pytorch_optimizer(p, True), writes=True
+        "other", 7, lambda p, _: pytorch_optimizer(p, True), writes=True
     ),
     "optax.sgd (jit)": Row("sgd", 5, optax_sgd, jax=True),
-    "optax.lars (jit)": Row("peer", 7, optax_lars, jax=True),
+    "optax.lars (jit)": Row("other", 7, optax_lars, jax=True),
     "larskit.jax.lars (jit)": Row("lars", 7, jax_lars, jax=True),
 }
 
 
 def on_gpu(step: Step, before: Step, count: int) -> list[float]:
-    """Return the seconds of each of so many steps, by CUDA events."""
+    """Return the seconds of each of `count` steps, by CUDA events."""
     pairs = [
         [torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)
     ]
@@ -177,7 +178,7 @@ def on_gpu(step: Step, before: Step, count: int) -> list[float]:
 
 
 def on_host(step: Step, before: Step, count: int) -> list[float]:
-    """Return the seconds of each of so many steps, by the host's clock."""
+    """Return the seconds of each of `count` steps, by the host's clock."""
     times = []
     for _ in range(count):
         before()
@@ -218,7 +219,7 @@ class Run:
 
 
 def dry_run(dtype: torch.dtype) -> Run:
-    """Have the GPU's engine at work on the CPU, and measure as little as can be."""
+    """Run the GPU engine on the CPU, and measure as little as possible."""
     from larskit import engines
 
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -252,10 +253,10 @@ class Model:
 
 
 class Replay:
-    """A step as a CUDA graph; it keeps alive what the graph works on."""
+    """A step as a CUDA graph; keeps the arrays of the graph alive."""
 
     def __init__(self, step: Step) -> None:
-        """Warm up on a side stream, as a capture demands, and capture the step."""
+        """Warm up on a side stream, as a capture requires, and capture the step."""
         self._step, self._graph = step, torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -268,7 +269,7 @@ class Replay:
             step()
 
     def _refuse_waits(self) -> None:
-        """Fail before a capture does, which would leave torch's allocator broken."""
+        """Fail before the capture: a failed one leaves torch's allocator unusable."""
         torch.cuda.set_sync_debug_mode("error")
         try:
             self._step()
@@ -320,16 +321,16 @@ def jax_clock(row: Row, model: Model, run: Run) -> Clock:
 
 
 def clock_of(row: Row, model: Model, mode: str, run: Run) -> Clock:
-    """Make a row ready to be timed."""
+    """Return the clock of a row, ready to be timed."""
     model.restore()
     if row.jax:
-        release()  # what torch holds, and once it is through
+        release()  # the memory of torch, once its work is done
         return jax_clock(row, model, run)
     return torch_clock(row, model, mode, run)
 
 
 def release() -> None:
-    """Give back the memory that nobody uses, once the GPU is through."""
+    """Free unused memory, once the GPU is done."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -338,7 +339,7 @@ def release() -> None:
 
 @dataclass
 class Measured:
-    """What one model gave: its bytes, those that a copy moves a second, the rows.
+    """The results of one model: its bytes, the bytes per second of a copy, the rows.
 
     A row has figures for each mode, or the reason why it has none.
     """
@@ -348,12 +349,12 @@ class Measured:
     rows: dict[str, dict[str, Figures]] = field(default_factory=dict)
 
     def get(self, name: str, mode: str, figure: str) -> float | None:
-        """Return a figure of a row, if there is one."""
+        """Return a figure of a row, or None."""
         return self.rows.get(name, {}).get(mode, {}).get(figure)
 
 
 def measure(shapes: Shapes, names: list[str], run: Run) -> Measured:
-    """Measure each row beside the yardstick, in its share of the time."""
+    """Compare each row with the baseline, in its share of the time."""
     end = time.monotonic() + run.seconds
     release()
     copy, model = run.copy_speed(), Model(shapes, run)
@@ -361,7 +362,7 @@ def measure(shapes: Shapes, names: list[str], run: Run) -> Measured:
     entries = [
         (n, m) for n in names for m in run.modes if m == EAGER or not ROWS[n].jax
     ]
-    yardsticks: dict[str, Clock] = {}
+    baselines: dict[str, Clock] = {}
     for i, (name, mode) in enumerate(entries):
         if "failed" in found.rows[name].get(EAGER, {}):
             continue
@@ -369,21 +370,21 @@ def measure(shapes: Shapes, names: list[str], run: Run) -> Measured:
         until = now + (end - now) / (len(entries) - i)
         try:
             release()
-            if mode not in yardsticks:
-                yardsticks[mode] = clock_of(ROWS[BASELINE], model, mode, run)
+            if mode not in baselines:
+                baselines[mode] = clock_of(ROWS[BASELINE], model, mode, run)
             clock = clock_of(ROWS[name], model, mode, run)
-            figures = compare(clock, yardsticks[mode], run, until)
+            figures = compare(clock, baselines[mode], run, until)
             speed = ROWS[name].passes * model.size / figures["median_ms"] * 1e3
             found.rows[name][mode] = {**figures, "of_copy": speed / copy}
         except Exception as why:
             found.rows[name][mode] = {"failed": reason(why)}
-        clock = None  # and the state of the row with it
+        clock = None  # frees the state of the row
     return found
 
 
-def compare(clock: Clock, yardstick: Clock, run: Run, until: float) -> Figures:
-    """Take turns with the yardstick until the time is over."""
-    clocks = clock, yardstick
+def compare(clock: Clock, baseline: Clock, run: Run, until: float) -> Figures:
+    """Take turns with the baseline until the time is over."""
+    clocks = clock, baseline
     counts = [run.steps(each) for each in clocks]
     times: list[list[float]] = [[], []]
     for i in range(run.rounds):
@@ -443,7 +444,7 @@ def _cells(row: Figures) -> str:
 
 
 def verdicts(title: str, found: Measured, mode: str, cache: int) -> Iterator[str]:
-    """Say of each figure to reach on this model whether it was."""
+    """Yield a line for each target on this model: met, missed or not measured."""
     head = f"{title}, {mode}, {OURS}"
     ratio = found.get(OURS, mode, "ratio")
     limit = AT_MOST if 3 * found.size > cache else AT_MOST_IN_CACHE
@@ -452,14 +453,14 @@ def verdicts(title: str, found: Measured, mode: str, cache: int) -> Iterator[str
         share = found.get(OURS, mode, "of_copy")
         yield _verdict(f"{head}, share of a copy's speed", share, least)
     if least := TIMES_FASTER.get(title):
-        peers = {
+        others = {
             theirs: name
             for name in found.rows
-            if ROWS[name].kind == "peer" and (theirs := found.get(name, mode, "ratio"))
+            if ROWS[name].kind == "other" and (theirs := found.get(name, mode, "ratio"))
         }
-        faster = min(peers) / ratio if peers and ratio else None
-        peer = f" ({peers[min(peers)]})" if peers else ""
-        what = f"{head}, times faster than the fastest peer's LARS{peer}"
+        faster = min(others) / ratio if others and ratio else None
+        other = f" ({others[min(others)]})" if others else ""
+        what = f"{head}, times faster than the fastest other LARS{other}"
         yield _verdict(what, faster, least)
 
 
@@ -472,7 +473,7 @@ def _verdict(what: str, value: float | None, limit: float, sign: int = 1) -> str
 
 
 def described(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return what the figures depend on: hardware, versions, dtype."""
     about: dict[str, Any] = {}
     if not args.dry_run:
         gpu = torch.cuda.get_device_properties(0)
@@ -490,10 +491,10 @@ def sentence(facts: dict[str, Any]) -> str:
 
 
 def write(results: dict[str, Measured], said: list[str], out: Path, facts: Any) -> None:
-    """Write what was found so far as Markdown and JSON."""
+    """Write the results so far as Markdown and JSON."""
     out.mkdir(parents=True, exist_ok=True)
     tables = [table(*item) for item in results.items()]
-    page = [sentence(facts), *tables, "### Figures to reach", "\n".join(said)]
+    page = [sentence(facts), *tables, "### Targets", "\n".join(said)]
     (out / "gpu.md").write_text("\n\n".join(page) + "\n")
     shapes = {
         title: {
@@ -508,7 +509,7 @@ def write(results: dict[str, Measured], said: list[str], out: Path, facts: Any) 
 
 
 def run_all(args: argparse.Namespace, names: list[str]) -> None:
-    """Measure model after model; print, and keep, what is found."""
+    """Measure model after model; print and write the results."""
     dtype, cache = getattr(torch, args.dtype), 0
     if args.dry_run:
         run = dry_run(dtype)
@@ -530,21 +531,21 @@ def run_all(args: argparse.Namespace, names: list[str]) -> None:
         print(f"\n{table(title, found)}\n\nAfter {took:.0f} s.", flush=True)
         if not args.dry_run:
             write(results, said, args.out, facts)
-    meaning = ": a dry run says nothing of them" if args.dry_run else ""
-    print(f"\n### Figures to reach{meaning}\n", *said, "", sentence(facts), sep="\n")
+    meaning = " (meaningless in a dry run)" if args.dry_run else ""
+    print(f"\n### Targets{meaning}\n", *said, "", sentence(facts), sep="\n")
 
 
 def load(before: tuple[float, float], seconds: float) -> dict[str, Any]:
-    """Say how busy other work has kept the host's cores."""
+    """Return how many of the host's cores other work has used."""
     everything, own = (b - a for a, b in zip(before, cpu_seconds(), strict=True))
     found = {"cores busy with other work": round((everything - own) / seconds, 2)}
     if found["cores busy with other work"] > IDLE:
-        return {**found, "NOTE": "the host was busy, so that its times say little"}
+        return {**found, "NOTE": "other work ran on the host: its times are unreliable"}
     return found
 
 
-def add_peers() -> None:
-    """Have the peers found that this Python lacks, where their environment is made."""
+def add_other_packages() -> None:
+    """Find packages that this Python lacks in the environment made for them."""
     folder = environments.python(*MORE["torch"]).parents[1]
     sys.path += map(str, folder.glob("lib/python*/site-packages"))
 
@@ -559,18 +560,20 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
     parser.add_argument("--seconds", type=float, default=70.0, help="for each model")
     parser.add_argument("--shapes", nargs="+", choices=MODELS, default=[*MODELS])
-    parser.add_argument("--rows", nargs="+", help="parts of their names")
+    parser.add_argument("--rows", nargs="+", help="only rows with one in their name")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     patterns = [pattern.lower() for pattern in args.rows or [""]]
     names = [name for name in ROWS if any(p in name.lower() for p in patterns)]
     if not names:
-        parser.error(f"no row has {args.rows} in its name: {', '.join(ROWS)}")
+        parser.error(
+            f"no row has {args.rows} in its name, choose from: {', '.join(ROWS)}"
+        )
     if not (args.dry_run or torch.cuda.is_available()):
         parser.exit(2, "PyTorch finds no CUDA GPU here; --dry-run needs none.\n")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    add_peers()
+    add_other_packages()
     run_all(args, names)
 
 

@@ -3,11 +3,11 @@
     make bench-jax
     .venv/bin/python benchmarks/jax_step.py --rounds 10 --shapes ResNet-50
 
-Parameters and state are donated. Every round steps each row once, in an order of its
-own, and gives each row's ratio to ``optax.sgd`` of the same round; the table gives the
-medians. Momentum 0.9, weight decay 1e-4 (none for the baseline); what has one dimension
-is neither adapted nor decayed. Written to ``benchmarks/results``: ``jax.md``,
-``jax.json``.
+Parameters and state are donated. Each round steps every row once, in a new random
+order, and divides its time by that of ``optax.sgd`` in the same round; the table shows
+the medians of these ratios. Momentum is 0.9 and weight decay 1e-4 (none for the
+baseline); arrays of one dimension are neither adapted nor decayed. Written to
+``benchmarks/results``: ``jax.md``, ``jax.json``.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def rows() -> dict[str, tuple[Any, Step]]:
 
 
 class Row:
-    """An optimizer at work on arrays of its own."""
+    """An optimizer with its own arrays."""
 
     def __init__(self, init: Any, step: Step, shapes: Shapes, grads: Any) -> None:
         rng = np.random.default_rng(0)
@@ -89,7 +89,7 @@ class Row:
         self.seconds: list[float] = []
 
     def take(self) -> None:
-        """Step once."""
+        """Step once, and record the time."""
         start = time.perf_counter()
         self.given = jax.block_until_ready(self.compiled(*self.given, self.grads))
         self.seconds.append(time.perf_counter() - start)
@@ -156,7 +156,7 @@ def main() -> None:
         "cores busy with other work": busy,
     }
     if busy > IDLE:
-        about["NOTE"] = "the machine was busy, so that these times say little"
+        about["NOTE"] = "other work ran on these cores: the times are unreliable"
     head = ", ".join(f"{key}: {value}" for key, value in about.items()) + "."
     text = "\n\n".join([head, *(table(*item) for item in results.items())]) + "\n"
     args.out.mkdir(parents=True, exist_ok=True)

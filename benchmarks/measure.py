@@ -1,4 +1,4 @@
-"""The workers, one for each environment, and what is measured with them."""
+"""Start one worker process for each environment, and measure with them."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ sys.path.append(str(ROOT / "tests" / "interop"))
 
 import environments  # noqa: E402
 
-# What rows of an environment need beside it: a folder of requirements, and its part.
+# Rows of these environments need more packages: the name and folder of requirements.
 MORE = {"torch": environments.TORCH_PEERS}
 
 WARM_UP = 2
@@ -35,7 +35,7 @@ PACKAGES = (
     *("larskit", "numpy", "torch", "timm", "pytorch-optimizer", "jax", "optax"),
     *("brainpy", "chainer", "ivy"),
 )
-# Keeps the C library from holding on to what is freed, so that a peak can be seen.
+# Makes the C library return freed memory at once, so that a peak can be measured.
 GIVE_BACK = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4096:glibc.malloc.mmap_max=9999999"
 }
@@ -44,7 +44,7 @@ Times = dict[int, float]  # the seconds of a row's step by round
 
 @dataclass
 class Measured:
-    """What one set of shapes gave; those left out have a reason."""
+    """The results for one set of shapes, and why rows were skipped."""
 
     size: int
     times: dict[str, Times] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Measured:
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def ratios(self, row: str, other: str) -> list[float]:
-        """Return how much longer a row took than another in each round of both."""
+        """Return the time of a row divided by that of another, round by round."""
         a, b = self.times[row], self.times[other]
         return [a[i] / b[i] for i in sorted(a.keys() & b.keys())]
 
@@ -63,19 +63,19 @@ class Measured:
 
 
 def make_environments(names: list[str]) -> dict[str, str]:
-    """Make those that are missing; return the rows that stay without, and why."""
+    """Create missing environments; return the rows that have none, and why."""
     needed = {name: ROWS[name].environment for name in names if _is_apart(ROWS[name])}
-    faults = {environment: _make(environment) for environment in {*needed.values()}}
+    reasons = {environment: _make(environment) for environment in {*needed.values()}}
     return {
-        name: fault
+        name: reason
         for name, environment in needed.items()
-        if (fault := faults[environment])
+        if (reason := reasons[environment])
     }
 
 
 def _is_apart(row: Row) -> bool:
-    peer = row.kind == "peer" and row.environment == "torch"
-    return peer or row.environment in environments.SEEDS
+    other = row.kind == "other" and row.environment == "torch"
+    return other or row.environment in environments.SEEDS
 
 
 def _make(environment: str) -> str | None:
@@ -83,11 +83,11 @@ def _make(environment: str) -> str | None:
     try:
         return environments.unsupported(seed) or environments.make(seed, requirements)
     except subprocess.CalledProcessError as why:
-        return f"its environment could not be made: exit status {why.returncode}"
+        return f"its environment could not be created: exit status {why.returncode}"
 
 
 def measure(names: list[str], shapes: Shapes, rounds: int) -> Measured:
-    """Step the rows in turn, each round in another order."""
+    """Step the rows in turn, in a new random order in each round."""
     found = Measured(4 * sum(map(math.prod, shapes)))
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
@@ -103,7 +103,7 @@ def measure(names: list[str], shapes: Shapes, rounds: int) -> Measured:
                 steps[name] = partial(ask, "step", name)
         if missing := [name for name in ANCHORS if name not in steps]:
             raise RuntimeError(
-                f"{missing} could not be made, by which all others are measured: "
+                f"{missing} could not be made, but all ratios need them: "
                 f"{found.left_out}"
             )
         found.times = _interleave(steps, rounds)
@@ -120,13 +120,13 @@ def _interleave(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str,
         shuffle(order)
         for name in order:
             if name not in slow or i % SLOW_EVERY == 0:
-                time.sleep(PAUSE)  # threads of the row before stop to look for work
+                time.sleep(PAUSE)  # the threads of the last row stop spinning
                 times[name][i] = steps[name]()
     return times
 
 
 def peaks(names: list[str], shapes: Shapes) -> dict[str, int]:
-    """Return the bytes that a step of each row needs, each in a fresh process."""
+    """Return the extra memory of a step of each row, each in a fresh process."""
     found = {}
     for name in names:
         with Worker(ROWS[name].environment, **GIVE_BACK) as worker:
@@ -136,13 +136,13 @@ def peaks(names: list[str], shapes: Shapes) -> dict[str, int]:
 
 
 class Worker:
-    """A process in an environment, told what to do line by line; see `worker`.
+    """A process in an environment that runs commands line by line; see `worker`.
 
-    It has the cores of this process, and as many threads.
+    It uses the cores of this process, with one thread for each.
     """
 
     def __init__(self, environment: str, **variables: str) -> None:
-        """Start it, with more environment variables."""
+        """Start the process, with additional environment variables."""
         threads = str(len(os.sched_getaffinity(0)))
         limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
         self._environment = environment
@@ -174,7 +174,7 @@ class Worker:
         if not answer:
             raise RuntimeError(
                 f"the worker of {self._environment} ended at {command[:2]} with exit "
-                f"status {process.wait()}; what it said stands above"
+                f"status {process.wait()}; its own messages are above"
             )
         return json.loads(answer)
 
@@ -189,7 +189,7 @@ class Worker:
 
 
 def _command(environment: str) -> tuple[list[str | Path], list[Path]]:
-    """Return how to start a worker, and the folders that it imports more from."""
+    """Return the command of a worker, and additional folders for its imports."""
     if environment in environments.SEEDS:
         native = importlib.util.find_spec("larskit._native")
         kernel = [native.origin] if native and native.origin else []

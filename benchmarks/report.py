@@ -1,4 +1,4 @@
-"""The table, the figures to reach, and the picture."""
+"""Write the tables, the targets and the plot of `step`."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -30,9 +30,9 @@ AT_MOST = {
     (NATIVE, BASELINE): {RESNET: 1.35, VIT: 1.45, SMALL: 0.6},
     (CARRIED, BASELINE): {RESNET: 1.2, VIT: 1.2},
 }
-FASTEST_PEER = "the fastest peer's LARS"
+FASTEST_OTHER = "the fastest other LARS"
 TIMES_FASTER = {
-    (NATIVE, FASTEST_PEER): {RESNET: 3, VIT: 2, SMALL: 3},
+    (NATIVE, FASTEST_OTHER): {RESNET: 3, VIT: 2, SMALL: 3},
     (FUNCTION, IVY): {RESNET: 50},
     (OUR_HOOK, THEIR_HOOK): {RESNET: 2, VIT: 2, SMALL: 2},
 }
@@ -41,9 +41,9 @@ EXTRA_AT_MOST = {
 }
 
 STYLE = {
-    "sgd": ("C7", "SGD, for scale"),
+    "sgd": ("C7", "SGD, for comparison"),
     "lars": ("C3", "larskit"),
-    "peer": ("C0", "other packages"),
+    "other": ("C0", "other packages"),
 }
 
 
@@ -68,7 +68,7 @@ def summary(found: Measured) -> dict[str, dict[str, float]]:
 
 
 def bandwidth(found: Measured, row: str) -> float:
-    """Return the bytes per second that a row of the kind "memory" reads and writes."""
+    """Return the bytes per second that a row of kind "memory" reads and writes."""
     seconds = float(np.median([*found.times[row].values()]))
     return ROWS[row].passes * 4 * MOVED / seconds
 
@@ -94,17 +94,18 @@ def table(title: str, found: Measured) -> str:
         f"Memory: a copy reads and writes {copied:.1f} GB/s, scaling in place "
         f"{scaled:.1f} GB/s. The faster one is the limit.",
     ]
-    lines += [f"Left out: {name} ({why})." for name, why in found.left_out.items()]
+    lines += [f"Skipped: {name} ({why})." for name, why in found.left_out.items()]
     return "\n".join(lines)
 
 
 def verdicts(title: str, found: Measured) -> Iterator[str]:
-    """Say of each figure to reach on these shapes whether it was."""
+    """Yield a line for each target on these shapes: met or missed."""
     for (row, other), limits in AT_MOST.items():
         ratio = _ratio(found, row, other)
         yield from _verdict(title, f"{row}, time / {other}", ratio, limits, -1)
     for (row, other), limits in TIMES_FASTER.items():
-        ratio = _ratio(found, _peer(found) if other == FASTEST_PEER else other, row)
+        slower = _fastest_other(found) if other == FASTEST_OTHER else other
+        ratio = _ratio(found, slower, row)
         yield from _verdict(title, f"{row}, times faster than {other}", ratio, limits)
     for row, limits in EXTRA_AT_MOST.items():
         extra = found.peaks[row] / found.size if row in found.peaks else None
@@ -116,14 +117,14 @@ def _ratio(found: Measured, row: str, other: str) -> float | None:
     return found.ratio(row, other) if known else None
 
 
-def _peer(found: Measured) -> str:
-    """Name the fastest whole LARS of another package; passes tell it from a hook."""
-    peers = {
+def _fastest_other(found: Measured) -> str:
+    """Name the fastest LARS of another package; hooks have fewer memory passes."""
+    others = {
         found.ratio(name, BASELINE): name
         for name in found.times
-        if ROWS[name].kind == "peer" and ROWS[name].passes == ROWS[NATIVE].passes
+        if ROWS[name].kind == "other" and ROWS[name].passes == ROWS[NATIVE].passes
     }
-    return peers[min(peers)] if peers else ""
+    return others[min(others)] if others else ""
 
 
 def _verdict(
@@ -145,13 +146,13 @@ def _verdict(
 
 
 def write(results: dict[str, Measured], out: Path, about: dict[str, Any]) -> None:
-    """Write what was found as Markdown, JSON and PNG, and print the verdicts."""
+    """Write the results as Markdown, JSON and PNG, and print the targets."""
     out.mkdir(parents=True, exist_ok=True)
     said = [line for item in results.items() for line in verdicts(*item)]
     facts = ", ".join(f"{key}: {value}" for key, value in about.items()) + "."
     print(facts, *said, sep="\n")
     tables = [table(title, found) for title, found in results.items()]
-    page = [facts, *tables, "### Figures to reach", "\n".join(said)]
+    page = [facts, *tables, "### Targets", "\n".join(said)]
     (out / "step.md").write_text("\n\n".join(page) + "\n")
     numbers = {**about, "shapes": {}, "figures to reach": said}
     for title, found in results.items():
@@ -166,7 +167,7 @@ def write(results: dict[str, Measured], out: Path, about: dict[str, Any]) -> Non
 
 
 def plot(results: dict[str, Measured]) -> Figure:
-    """Draw the ratios as bars, a panel for each set of shapes."""
+    """Draw the ratios as bars, one panel for each set of shapes."""
     figures = [summary(found) for found in results.values()]
     names = sorted(
         {name for rows in figures for name in rows},

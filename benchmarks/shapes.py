@@ -1,4 +1,4 @@
-"""The sets of shapes that are stepped over."""
+"""The sets of parameter shapes that the benchmarks step."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def _resnet50() -> Shapes:
 
 
 def _vit(d: int, blocks: int) -> Shapes:
-    """Return the shapes of ``torchvision.models.vit_b_16``, or of the large one."""
+    """Return the shapes of ``torchvision.models.vit_b_16`` or ``vit_l_16``."""
     stem = ((1, 1, d), (d, 3, 16, 16), (d,), (1, 197, d))
     return (*stem, *_block(d) * blocks, (d,), (d,), (1000, d), (1000,))
 
@@ -39,7 +39,7 @@ SHAPES: dict[str, Callable[[], Shapes]] = {
     VIT: lambda: _vit(768, 12),
     SMALL: lambda: ((64, 64), (64,)) * 100,
 }
-# For GPUs alone.
+# For GPUs only.
 LARGE: dict[str, Callable[[], Shapes]] = {
     VIT_L: lambda: _vit(1024, 24),
     GPT: lambda: _gpt(2048, 24),

@@ -1,20 +1,21 @@
 """Time one step over sharded layers, and count what it sends.
 
-The parameters of ResNet-50 under ``fully_shard`` (FSDP2), in processes that talk
+The parameters of ResNet-50 under ``fully_shard`` (FSDP2), in processes that communicate
 through gloo on this machine::
 
     make bench-sharded
     .venv/bin/python benchmarks/sharded.py --rounds 5 --processes 2
 
-Every round steps each row once, in an order of its own, and gives each row's ratio to
-``torch.optim.SGD(foreach=True)`` of the same round; the table gives the medians. A step
-lasts until the slowest process is through. The processes have one thread each and share
-the cores, so that the ratios count, not the times. Every optimizer has a momentum of
-0.9 and a weight decay of 1e-4. The peers come from the environment that ``step.py``
-makes; if it is missing it is made first, which needs the network.
+Each round steps every row once, in a new random order, and divides its time by that of
+``torch.optim.SGD(foreach=True)`` in the same round; the table shows the medians of
+these ratios. A step ends when the slowest process is done. The processes have one
+thread each and share the cores, so compare ratios, not times. Every optimizer has a
+momentum of 0.9 and a weight decay of 1e-4. Other implementations come from the
+environment that ``step.py`` creates; if it is missing it is created first, which needs
+the network.
 
-Collectives are counted by torch's ``CommDebugMode``, and their bytes are those that a
-process hands over. `seconds` tells what they would take among many more processes.
+Torch's ``CommDebugMode`` counts the collectives; their bytes are those that one process
+passes to them. `seconds` estimates their time among many more processes.
 
 Written to ``benchmarks/results``: ``sharded.md`` and ``sharded.json``.
 """
@@ -51,8 +52,8 @@ from larskit.app.models import build
 from larskit.torch import LARS as OurLARS
 
 BASELINE = "torch SGD (foreach)"
-# What a message costs before its first byte, and each byte after it: 5 microseconds and
-# 25 GB/s, as between two accelerators over InfiniBand HDR.
+# The latency of a message and the time of each byte: 5 microseconds and 25 GB/s, as
+# between two accelerators over InfiniBand HDR.
 ALPHA, BETA = 5e-6, 1 / 25e9
 RANKS = (8, 64, 512, 4096)
 
@@ -70,7 +71,7 @@ def hook(params: Params) -> Any:
 
 
 def timm(params: Params, foreach: bool) -> Any:
-    """Take the one file of timm: all of timm needs torchvision."""
+    """Import one file of timm: the whole package needs torchvision."""
     package = ModuleType("timm_optim")
     package.__path__ = [str(distribution("timm").locate_file("timm/optim"))]
     sys.modules[package.__name__] = package
@@ -96,11 +97,11 @@ ROWS: dict[str, Callable[[Params], Any]] = {
 
 
 def seconds(messages: float, size: float, ranks: int) -> dict[str, float]:
-    """Return what all-reduces of `size` bytes in all take, by their algorithm.
+    """Estimate the time of all-reduces of `size` bytes in total, by algorithm.
 
-    The usual model: a message of n bytes takes ``ALPHA + n*BETA``. A ring sends
-    ``2*(ranks - 1)`` messages one after the other, each of a part of the bytes; a tree
-    sends all of them up and down again, in ``log2(ranks)`` stages each.
+    The alpha-beta model: a message of n bytes takes ``ALPHA + n*BETA``. A ring sends
+    ``2*(ranks - 1)`` messages in sequence, each of ``1/ranks`` of the bytes; a tree
+    sends all bytes up and down, in ``log2(ranks)`` stages each.
     """
     stages = math.ceil(math.log2(ranks))
     ring = 2 * (ranks - 1) * (messages * ALPHA + size / ranks * BETA)
@@ -108,7 +109,7 @@ def seconds(messages: float, size: float, ranks: int) -> dict[str, float]:
 
 
 class Traffic(CommDebugMode):
-    """Counts the collectives of this process, and the bytes that it hands over."""
+    """Counts the collectives of this process, and the bytes that it passes to them."""
 
     def __enter__(self) -> Any:
         self.bytes = 0
@@ -127,7 +128,7 @@ class Traffic(CommDebugMode):
 
 @dataclass
 class Row:
-    """An optimizer over weights of its own, with gradients that are as they were."""
+    """An optimizer with its own weights, and gradients that are restored."""
 
     params: Params
     grads: list[torch.Tensor]
@@ -136,7 +137,7 @@ class Row:
     def step(self) -> float:
         """Return the seconds of one step of the slowest process."""
         for p, g in zip(self.params, self.grads, strict=True):
-            p.grad.copy_(g)  # some peers write into it
+            p.grad.copy_(g)  # some implementations write into it
         time.sleep(PAUSE)
         dist.barrier()
         start = time.perf_counter()
@@ -147,7 +148,7 @@ class Row:
 
 
 def make(name: str) -> Row:
-    """Make a row and step it, to see whether it can."""
+    """Make a row, and step it to find out whether it works."""
     torch.manual_seed(0)
     model = build("resnet50", channels=3, classes=1000, size=224)
     fully_shard(model)
@@ -162,7 +163,7 @@ def make(name: str) -> Row:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Step the rows in turn, each round in another order."""
+    """Step the rows in turn, in a new random order in each round."""
     rows, left_out, traffic = {}, {}, {}
     for name in ROWS:
         try:
@@ -200,7 +201,7 @@ def summary(times: Any, traffic: Any) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def serve(rank: int, processes: int, rounds: int, paths: list[str], out: Path) -> None:
-    """Measure as one process of several; the first writes what was found."""
+    """Measure as one of several processes; the first one writes the results."""
     sys.path += paths
     store = dist.FileStore(str(out.with_suffix(".store")), processes)
     dist.init_process_group(
@@ -231,7 +232,7 @@ def table(processes: int, found: dict[str, Any]) -> str:
             f"| {row['ratio_least']:.3g} to {row['ratio_most']:.3g} "
             f"| {row['collectives']} | {row['bytes']:,} |"
         )
-    lines += [""] + [f"Left out: {n} ({why})." for n, why in found["left_out"].items()]
+    lines += [""] + [f"Skipped: {n} ({why})." for n, why in found["left_out"].items()]
     return "\n".join(lines)
 
 
@@ -240,10 +241,10 @@ def short(x: float) -> str:
 
 
 def model_table(rows: dict[str, Any]) -> str:
-    """Return what `seconds` says of the collectives that were counted."""
+    """Return the estimates of `seconds` for the counted collectives, in Markdown."""
     head = " | ".join(f"{ranks:,} processes" for ranks in RANKS)
     lines = [
-        "### Milliseconds that the collectives would take by the model, ring / tree",
+        "### Estimated milliseconds of the collectives, ring / tree",
         "",
         f"| optimizer | {head} |",
         "|---|" + "---:|" * len(RANKS),
@@ -297,7 +298,7 @@ def main() -> None:
         "cores busy with other work": round(others / (time.monotonic() - start), 2),
     }
     if about["cores busy with other work"] > IDLE:
-        about["NOTE"] = "the machine was busy, so that these times say little"
+        about["NOTE"] = "other work ran on these cores: the times are unreliable"
     facts = ", ".join(f"{key}: {value}" for key, value in about.items()) + "."
     last = results[args.processes[-1]]["rows"]
     pages = [facts, *(table(*item) for item in results.items()), model_table(last)]

@@ -1,26 +1,27 @@
-"""Time one optimizer step: ours, torch's own SGD, and every LARS that can be installed.
+"""Time one optimizer step: larskit, torch's SGD, and every LARS that can be installed.
 
-Over the parameters of ResNet-50 and ViT-B/16 and over 200 small tensors, in one run
-per set of shapes::
+The parameters are those of ResNet-50 and ViT-B/16, and 200 small tensors; one run for
+each set of shapes::
 
     make bench
     .venv/bin/python benchmarks/step.py --rounds 5 --shapes ResNet-50 --rows native SGD
 
-Every round steps each row once (`worker.step` says how), in an order of its own, and
-gives each row's ratio to ``torch.optim.SGD(fused=True)`` of the same round; the table
-gives the medians. A peer runs in the environment of the package that it comes from, in
-a process that waits while others step; those that are missing are made first, which
-needs the network. All have the same cores, as many as ``--threads``. Linux only.
+Each round steps every row once (see `worker.step`), in a new random order, and divides
+its time by that of ``torch.optim.SGD(fused=True)`` in the same round. The table shows
+the medians of these ratios. Each other implementation runs in the environment of its
+package, in a process that waits while others step. Missing environments are created
+first, which needs the network. All rows use the same cores, as many as ``--threads``.
+Linux only.
 
-The memory limit is the time that the row's passes over the parameters would take at
-the speed of a large copy, or of scaling a large array in place if that is faster. Both
-are measured in the same rounds. The small tensors stay in the caches, which are faster
-still, since a short step is repeated for 0.05 s. The extra memory is how far one step
-raises the resident size of a process that does nothing else.
+The memory limit is the time that the memory passes of a row would take at the speed of
+a large copy, or of scaling a large array in place if that is faster. Both speeds are
+measured in the same rounds. The small tensors stay in the caches, which are faster
+still, because a short step is repeated for 0.05 s. The extra memory is the increase of
+the resident size of a fresh process during one step.
 
-Threads of torch wait for each other, so that other work on the same cores slows them
-down out of proportion: the run says how much there was. It needs 20 GB of memory for
-ViT-B/16 and all rows.
+Torch's threads wait for each other, so that other work on the same cores slows them
+down more than in proportion; the result says how much other work there was. ViT-B/16
+with all rows needs 20 GB of memory.
 
 Written to ``benchmarks/results``: ``step.md``, ``step.json`` and ``step.png``.
 """
@@ -45,7 +46,7 @@ def chosen(patterns: list[str] | None, with_peers: bool) -> list[str]:
     return [
         name
         for name, row in ROWS.items()
-        if (with_peers or (row.kind != "peer" and row.environment in own))
+        if (with_peers or (row.kind != "other" and row.environment in own))
         and (
             not patterns
             or name in ANCHORS
@@ -55,7 +56,7 @@ def chosen(patterns: list[str] | None, with_peers: bool) -> list[str]:
 
 
 def run(names: list[str], rounds: int, shape_sets: list[str]) -> dict[str, Measured]:
-    """Measure the rows over each set of shapes, and print each table at its end."""
+    """Measure the rows over each set of shapes, and print each table once done."""
     refused = make_environments(names)
     results = {}
     for title in shape_sets:
@@ -71,7 +72,7 @@ def run(names: list[str], rounds: int, shape_sets: list[str]) -> dict[str, Measu
 
 
 def cpu_seconds() -> tuple[float, float]:
-    """Return the time that the cores have worked, and that part which was for us."""
+    """Return the time that all cores have worked, and that of this process."""
     columns = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
     ticks = [int(column) for i, column in enumerate(columns) if i not in (3, 4)]  # idle
     return sum(ticks) / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, choices=threads, default=len(cores))
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES])
-    parser.add_argument("--rows", nargs="+", help="parts of their names")
+    parser.add_argument("--rows", nargs="+", help="only rows with one in their name")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
@@ -115,7 +116,7 @@ def main() -> None:
         "cores busy with other work": round(others / (time.monotonic() - start), 2),
     }
     if about["cores busy with other work"] > IDLE:
-        about["NOTE"] = "the machine was busy, so that these figures say little"
+        about["NOTE"] = "other work ran on these cores: the figures are unreliable"
     write(results, args.out, about)
 
 

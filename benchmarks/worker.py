@@ -1,8 +1,9 @@
-"""A process that holds the rows of one environment and steps the one it is told to.
+"""A process that holds the rows of one environment and steps the requested one.
 
-It reads one JSON list a line, ``[command, arguments...]``, and answers each with a line
-of JSON. Between the lines it waits, so that it takes no time from the others. It runs
-in the environments of the peers and needs only NumPy and what its rows are made of.
+It reads one JSON list per line, ``[command, arguments...]``, and answers each with a
+line of JSON. Between commands it waits, and so takes no time from other processes. It
+runs in the environments of other packages, and imports only NumPy and what its rows
+need.
 """
 
 import gc
@@ -20,12 +21,12 @@ from typing import Any
 from rows import ROWS, Work
 
 VISIT = 0.05
-SETTLE = 0.2  # until the threads of a framework have freed what they held
+SETTLE = 0.2  # until the threads of a framework have freed their memory
 works: dict[str, Work] = {}
 
 
 def make(row: str, shapes: list[list[int]]) -> str | None:
-    """Make a row ready to step, or say why it cannot be."""
+    """Make a row ready to step, or return why that fails."""
     try:
         how = ROWS[row]
         module = importlib.import_module(f"rows.in_{how.environment}")
@@ -40,9 +41,9 @@ def make(row: str, shapes: list[list[int]]) -> str | None:
 def step(row: str) -> float:
     """Return the seconds of one step.
 
-    A row steps for `VISIT` seconds; the median counts, without the first step, which
-    finds the caches and the threads as the row before left them. A step that takes
-    longer is its own measure.
+    A row steps for `VISIT` seconds. The result is the median without the first step,
+    which starts with the caches and threads of the previous row. A single step that
+    takes longer is the result.
     """
     work, times = works[row], []
     while sum(times) < VISIT:
@@ -54,10 +55,10 @@ def step(row: str) -> float:
 
 
 def peak(row: str) -> int:
-    """Return how many bytes of memory one step takes up beyond what was there before.
+    """Return how many bytes one step adds to the resident memory.
 
-    The kernel (Linux) keeps the highest resident size since it was last reset. This
-    sees memory only if earlier steps gave theirs back, see `measure.GIVE_BACK`.
+    Linux records the highest resident size since the last reset. This works only if
+    earlier steps have returned their memory to the system, see `measure.GIVE_BACK`.
     """
     work = works[row]
     for _ in range(2):
@@ -80,7 +81,7 @@ def _status(name: str) -> int:
 
 
 def versions(names: list[str]) -> dict[str, str]:
-    """Return the versions of those packages that are installed."""
+    """Return the versions of the packages that are installed."""
     found = {}
     for name in names:
         try:
@@ -91,7 +92,7 @@ def versions(names: list[str]) -> dict[str, str]:
 
 
 def load_native(path: str) -> None:
-    """Give larskit the kernel that was built for the environment of its development."""
+    """Load the C++ kernel that was built for the development environment."""
     spec = importlib.util.spec_from_file_location("larskit._native", path)
     assert spec is not None
     assert spec.loader is not None
@@ -108,7 +109,7 @@ COMMANDS: dict[str, Any] = {
 
 
 def main() -> None:
-    """Answer until the input ends; what libraries print goes to the error stream."""
+    """Answer until the input ends; what libraries print goes to stderr."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     for native in sys.argv[1:]:

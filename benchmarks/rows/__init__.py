@@ -1,8 +1,8 @@
-"""What is compared: one row of the table for each optimizer and engine.
+"""The rows of the tables: each optimizer and engine that is compared.
 
-The modules here make the work of the rows, each in the environment of its name. Every
-optimizer has a momentum of 0.9 and a weight decay of 1e-4, and rates so small that the
-weights stay what they are however often it steps. Everything is float32.
+Each module here makes the work of rows in the environment of its name. Every optimizer
+has a momentum of 0.9, a weight decay of 1e-4, and a learning rate so small that the
+weights stay nearly the same over all steps. Everything is float32.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ Shapes = tuple[tuple[int, ...], ...]
 SGD: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-4}
 LARS: dict[str, Any] = {"lr": 1e-3, **SGD}
 SGD_LR = 1e-5
-MOVED = 2**25  # floats, for the memory limit
+MOVED = 2**25  # float32 elements, for the memory limit
 
 
 @dataclass
 class Work:
-    """A step, and what is done before it without being timed."""
+    """A step, and what runs before it without being timed."""
 
     step: Callable[[], Any]
     restore: Callable[[], Any] = lambda: None
@@ -27,26 +27,27 @@ class Work:
 
 @dataclass(frozen=True)
 class Row:
-    """How the work of a row is made, and what it must do at least.
+    """How the work of a row is made, and its least number of memory passes.
 
     Attributes
     ----------
-    kind : {"sgd", "lars", "peer", "memory"}
-        "lars" are ours; "memory" is what the limit is measured by.
+    kind : {"sgd", "lars", "other", "memory"}
+        "lars" is larskit, "other" another implementation; "memory" measures the memory
+        limit.
     environment : str
-        Which worker makes it.
+        The worker that makes it.
     passes : int
-        How often a step must read or write an array of the parameters' size, where
-        lengths are found before the move. SGD reads w, g, v and writes w, v. LARS reads
-        w and g before that; with carried norms, g alone. Without momentum, or as a
-        hook, it reads w and g twice and writes one of them. The cache lines that an
-        array of its own takes, which are read before they are written, do not count.
+        Reads and writes of arrays of the parameters' size, where the norms are computed
+        before the update. SGD reads w, g, v and writes w, v. LARS first reads w and g;
+        with carried norms, only g. Without momentum, and as a hook, it reads w and g
+        twice and writes one of them. Reads of cache lines that are then overwritten do
+        not count.
     make, options
-        A function of the environment's module, and its keyword arguments. It takes the
-        shapes and returns the `Work`.
+        A function in the environment's module that takes the shapes and returns the
+        `Work`, and its keyword arguments.
     """
 
-    kind: Literal["sgd", "lars", "peer", "memory"]
+    kind: Literal["sgd", "lars", "other", "memory"]
     environment: str
     passes: int
     make: str
@@ -55,7 +56,7 @@ class Row:
 
 COPY, SCALE = "copy", "scale in place"
 BASELINE = "torch SGD (fused)"
-ANCHORS = COPY, SCALE, BASELINE  # what all others are measured by
+ANCHORS = COPY, SCALE, BASELINE  # which the ratios and the memory limit need
 NATIVE = "larskit LARS (native)"
 CARRIED = "larskit LARS (native, carried norms)"
 FUNCTION, FUNCTION_OUT = "larskit lars_update", "larskit lars_update(out=w)"
@@ -78,16 +79,16 @@ ROWS = {
     FUNCTION: Row("lars", "numpy", 5, "lars_update", {"in_place": False}),
     FUNCTION_OUT: Row("lars", "numpy", 5, "lars_update", {"in_place": True}),
     OUR_HOOK: Row("lars", "chainer", 5, "hook", {"ours": True}),
-    "timm Lars": Row("peer", "torch", 7, "timm", {"foreach": False}),
-    "timm Lars (foreach)": Row("peer", "torch", 7, "timm", {"foreach": True}),
+    "timm Lars": Row("other", "torch", 7, "timm", {"foreach": False}),
+    "timm Lars (foreach)": Row("other", "torch", 7, "timm", {"foreach": True}),
     "pytorch-optimizer LARS": Row(
-        "peer", "torch", 7, "pytorch_optimizer", {"foreach": False}
+        "other", "torch", 7, "pytorch_optimizer", {"foreach": False}
     ),
     "pytorch-optimizer LARS (foreach)": Row(
-        "peer", "torch", 7, "pytorch_optimizer", {"foreach": True}
+        "other", "torch", 7, "pytorch_optimizer", {"foreach": True}
     ),
-    "optax lars (jit)": Row("peer", "jax", 7, "optax_lars"),
-    "brainpy LARS (jit)": Row("peer", "brainpy", 7, "lars"),
-    THEIR_HOOK: Row("peer", "chainer", 5, "hook", {"ours": False}),
-    IVY: Row("peer", "ivy", 5, "lars_update"),
+    "optax lars (jit)": Row("other", "jax", 7, "optax_lars"),
+    "brainpy LARS (jit)": Row("other", "brainpy", 7, "lars"),
+    THEIR_HOOK: Row("other", "chainer", 5, "hook", {"ours": False}),
+    IVY: Row("other", "ivy", 5, "lars_update"),
 }

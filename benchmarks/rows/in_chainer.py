@@ -1,4 +1,4 @@
-"""The hook alone, called by Chainer for each parameter: its own, and ours."""
+"""The hook without an update, called by Chainer: Chainer's own, and larskit's."""
 
 from functools import cache
 

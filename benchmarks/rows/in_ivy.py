@@ -9,7 +9,7 @@ from rows.in_numpy import gradients, weights
 
 
 def lars_update(shapes: Shapes) -> Work:
-    logging.disable()  # a warning at every call
+    logging.disable()  # it warns at every call
     ivy.set_backend("numpy")
     w, g = (
         ivy.Container({name: ivy.array(x) for name, x in arrays.items()})

@@ -1,4 +1,4 @@
-"""`larskit.lars_update` over a container of NumPy arrays, and such arrays."""
+"""`larskit.lars_update` over a container of NumPy arrays."""
 
 from functools import cache
 

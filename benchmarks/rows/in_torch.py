@@ -1,4 +1,4 @@
-"""Optimizers of torch, and what memory can do at most."""
+"""Optimizers of torch, and the rows that measure the memory limit."""
 
 import importlib
 import sys
@@ -47,7 +47,7 @@ def hook(shapes: Shapes) -> Work:
 
 
 def timm(shapes: Shapes, foreach: bool) -> Work:
-    """Take the one file of timm: all of timm needs torchvision."""
+    """Import one file of timm: the whole package needs torchvision."""
     package = ModuleType("timm_optim")
     package.__path__ = [str(distribution("timm").locate_file("timm/optim"))]
     sys.modules[package.__name__] = package
@@ -56,7 +56,7 @@ def timm(shapes: Shapes, foreach: bool) -> Work:
 
 
 def pytorch_optimizer(shapes: Shapes, foreach: bool) -> Work:
-    """Give it gradients of its own, since it writes into them."""
+    """Give it its own gradients, because it writes into them."""
     lars = importlib.import_module("pytorch_optimizer").LARS
     own = _gradients_to_change(shapes)
     work = _work(lambda params: lars(params, **LARS, foreach=foreach), shapes, own)
@@ -80,7 +80,7 @@ def _work(
     shapes: Shapes,
     gradients: list[Tensor] | None = None,
 ) -> Work:
-    """Return the step of an optimizer over weights of its own."""
+    """Return the step of an optimizer with its own weights."""
     params = [5 * g for g in _gradients(shapes)]
     for p, g in zip(params, gradients or _gradients(shapes), strict=True):
         p.grad = g

@@ -15,7 +15,7 @@ from larskit.jax import lars
 
 STEPS, BATCH = 120, 128
 
-# Not the default: the biases of Equinox's convolutions have three dimensions.
+# By name, because the biases of Equinox's convolutions have three dimensions.
 WEIGHTS = "*.weight"
 optimizer = lars(
     optax.warmup_cosine_decay_schedule(0.0, 0.4, STEPS // 10, STEPS),

@@ -3,7 +3,7 @@
 pip install 'larskit[jax]' flax scikit-learn
 python examples/jax/linen_digits.py --checkpoints runs/linen
 
-Stopped or killed, the same command goes on from the last checkpoint.
+If the training stops or is killed, the same command resumes from the last checkpoint.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main():
     images = (images / 16).astype("float32").reshape(-1, 8, 8, 1)
     x, test_x, y, test_y = train_test_split(images, labels, random_state=0)
     model = Network()
-    # Biases and norms step at the raw rate, so keep it low and the coefficient high.
+    # Biases and scales step at the raw rate: keep it low, and the coefficient high.
     schedule = optax.warmup_cosine_decay_schedule(0.0, 0.4, STEPS // 10, STEPS)
     tx = lars(schedule, weight_decay=1e-4, trust_coefficient=0.04)
     params = model.init(jax.random.key(0), x[:1])["params"]

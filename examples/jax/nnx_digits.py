@@ -46,7 +46,7 @@ def main():
     images = (images / 16).astype("float32").reshape(-1, 8, 8, 1)
     x, test_x, y, test_y = train_test_split(images, labels, random_state=0)
     model = Network(nnx.Rngs(0))
-    # Biases and norms step at the raw rate, so keep it low and the coefficient high.
+    # Biases and scales step at the raw rate: keep it low, and the coefficient high.
     schedule = optax.warmup_cosine_decay_schedule(0.0, 0.4, STEPS // 10, STEPS)
     tx = lars(schedule, weight_decay=1e-4, trust_coefficient=0.04)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)

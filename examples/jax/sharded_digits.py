@@ -1,10 +1,10 @@
-"""Train on scikit-learn's digits with LARS, parameters and batches on eight devices.
+"""Train on scikit-learn's digits with LARS, sharded over eight devices.
 
 pip install 'larskit[jax]' optax scikit-learn
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/jax/sharded_digits.py
 
-Every device holds an eighth of the parameters and of the momentum, as in FSDP. LARS
-needs no word about it: under jit the lengths are those of whole layers.
+Each device holds an eighth of the parameters, of the momentum and of each batch, as in
+FSDP. LARS needs no setting for that: under jit the norms are those of whole layers.
 """
 
 import jax
@@ -48,7 +48,7 @@ def accuracy(params, images, labels):
 
 
 def main():
-    auto = (AxisType.Auto,)  # the compiler finds the shardings in between
+    auto = (AxisType.Auto,)  # the compiler chooses the shardings in between
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=auto)
     sharded = NamedSharding(mesh, P("data"))  # along the first dimension
     images, labels = load_digits(return_X_y=True)
@@ -66,7 +66,7 @@ def main():
         batch = rng.choice(len(x), BATCH, replace=False)
         placed = jax.device_put((x[batch], y[batch]), sharded)
         params, state = train_step(params, state, *placed)
-        jax.block_until_ready(params)  # devices of one CPU may hang if steps overlap
+        jax.block_until_ready(params)  # devices on one CPU may hang if steps overlap
     for what, tree in (("kernel", params), ("its momentum", state.momentum)):
         shape = tree["kernel"].sharding.shard_shape(tree["kernel"].shape)
         print(f"{what} on each device: {shape} of {tree['kernel'].shape}")

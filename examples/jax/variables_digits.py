@@ -1,4 +1,4 @@
-"""Train on scikit-learn's digits with the object LARS and Flax NNX's variables.
+"""Train on scikit-learn's digits with the LARS object, on variables of Flax NNX.
 
 pip install 'larskit[jax]' flax optax scikit-learn
 python examples/jax/variables_digits.py
@@ -28,7 +28,7 @@ def train_step(model, optimizer, images, labels):
 
 
 def by_name(variables):
-    """Return variables, or gradients, under the dotted names of their paths."""
+    """Return variables, or gradients, by their dotted paths."""
     paths = nnx.to_flat_state(nnx.state(variables, nnx.Param))
     return {".".join(map(str, path)): x for path, x in paths}
 

@@ -43,7 +43,7 @@ def main():
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "no",
         gradient_accumulation_steps=args.accumulate,
-        # a batch is that of all processes, and the schedule takes one step for each
+        # A batch is that of all processes; the schedule advances once per step.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
     set_seed(0)

@@ -1,4 +1,4 @@
-"""Images in folders, one per class, in batches for each of several processes."""
+"""Load images from one folder per class, in batches for each of several processes."""
 
 from functools import partial
 from typing import Any
@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 
 def loader(folder, batch, classes, size, workers, *, augment) -> Any:
-    """Return batches of bytes (images, size, size, 3) and labels: this process's share.
+    """Return batches of bytes (images, size, size, 3) and labels for this process.
 
-    To augment is to shuffle, crop and mirror. Where the images cannot be shared out
-    equally, those to train on lose a few; to the others some of label -100 are added.
+    Augmentation shuffles, crops and mirrors. If the images cannot be divided equally,
+    training drops a few; validation adds copies with the label -100, which is ignored.
     """
     files: Any = sorted(folder.glob("*/*"))
     files = [(file, classes.index(file.parent.name)) for file in files]
@@ -32,7 +32,7 @@ def loader(folder, batch, classes, size, workers, *, augment) -> Any:
 
 
 def load(files, size, augment):
-    """Read some images, and crop them to squares."""
+    """Read images, and crop them to squares."""
     images = []
     for file, _ in files:
         with Image.open(file) as opened:
@@ -46,7 +46,7 @@ def load(files, size, augment):
 
 
 def random_box(width, height):
-    """Choose 8 to 100 % of the area, of an aspect between 3:4 and 4:3."""
+    """Choose a box of 8 to 100 % of the area, with an aspect between 3:4 and 4:3."""
     area, aspect, x, y = torch.rand(4).tolist()
     area, aspect = width * height * (0.08 + 0.92 * area), (4 / 3) ** (2 * aspect - 1)
     w, h = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)

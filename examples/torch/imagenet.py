@@ -2,11 +2,12 @@
 
     torchrun --nproc-per-node 8 examples/torch/imagenet.py IMAGENET --batch 8192 --bf16
 
-needs `pip install 'larskit[app]'`; under plain python it is one process. The recipes
-are reference points of MLPerf Training (mlcommons/logging, rcps_resnet.json: 75.9 %),
-with the label smoothing of NVIDIA's runs, and epochs to spare. As there, biases and
-norms are neither adapted nor decayed, and step at the raw rate. Ours is the rate below
-1,632 images. Crops and first weights differ: measure before you claim that accuracy.
+It needs `pip install 'larskit[app]'`; with plain python it runs in one process. The
+recipes are reference points of MLPerf Training (mlcommons/logging, rcps_resnet.json:
+75.9 %), with the label smoothing of NVIDIA's runs and a few more epochs. As there,
+biases and normalization parameters are neither adapted nor decayed, and step at the raw
+rate. Below 1,632 images the rate is scaled linearly, which is not from MLPerf. Crops
+and initial weights differ from theirs: measure before you claim that accuracy.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from larskit.app import models
 from larskit.state import atomic
 from larskit.torch import LARS, param_groups
 
-# From this batch on, of all processes: peak rate, warm-up, epochs, decay, momentum.
+# By the least batch of all processes: peak rate, warm-up, epochs, decay, momentum.
 RECIPES = {
     1632: (7.4, 2, 37, 5e-5, 0.9),
     4096: (10.0, 5, 42, 2e-4, 0.9),
@@ -41,15 +42,20 @@ def arguments():
     add("data", type=Path, help="folder of train/CLASS/IMAGE and val/CLASS/IMAGE")
     add("--batch", type=int, default=4096, help="images a step, of all processes")
     add("--accumulate", type=int, default=1, help="parts of a batch, to save memory")
-    add("--epochs", type=int, help="default of this and the next four: see RECIPES")
+    add("--epochs", type=int, help="default of this and the next four: RECIPES")
     for name in ("--lr", "--warmup", "--decay", "--momentum"):
         add(name, type=float)
     add("--model", choices=("resnet18", "resnet50"), default="resnet50")
     add("--image-size", type=int, default=224)
     add("--shard", choices=("ddp", "fsdp2"), default="ddp")
     add("--bf16", action="store_true", help="autocast to bfloat16")
-    add("--workers", type=int, default=8, help="of each process, to load images")
-    add("--checkpoint", type=Path, default="imagenet.pt", help="resumed if there")
+    add(
+        "--workers",
+        type=int,
+        default=8,
+        help="processes that load images, for each process",
+    )
+    add("--checkpoint", type=Path, default="imagenet.pt", help="resumed if it exists")
     batch = parser.parse_args().batch
     least = max((n for n in RECIPES if n <= batch), default=min(RECIPES))
     lr, warmup, epochs, decay, momentum = RECIPES[least]
@@ -119,7 +125,10 @@ def main():
     images = loader(args.data / "train", *options, augment=True)
     others = loader(args.data / "val", *options, augment=False)
     if rest or len(images) < args.accumulate:
-        raise SystemExit("--batch: too large, or no multiple of processes x accumulate")
+        raise SystemExit(
+            f"--batch is {args.batch}, expected a multiple of processes x --accumulate, "
+            "and no more than the training images"
+        )
     torch.manual_seed(0)
     model = models.build(args.model, 3, len(classes), args.image_size)
     parallel = parallelize(model.to(args.device), args.shard)

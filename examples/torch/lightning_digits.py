@@ -43,7 +43,7 @@ class Classifier(pl.LightningModule):
         self.log("accuracy", (self.net(images).argmax(1) == labels).float().mean())
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Warm up over a tenth of the steps, then fall as a square, at every step."""
+        """Warm up over a tenth of the steps, then decay quadratically."""
         groups = param_groups(self.net, weight_decay=1e-4, excluded_lr=0.1)
         optimizer = LARS(groups, self.lr)
         end = self.trainer.estimated_stepping_batches
