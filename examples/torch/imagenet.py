@@ -42,19 +42,14 @@ def arguments():
     add("data", type=Path, help="folder of train/CLASS/IMAGE and val/CLASS/IMAGE")
     add("--batch", type=int, default=4096, help="images a step, of all processes")
     add("--accumulate", type=int, default=1, help="parts of a batch, to save memory")
-    add("--epochs", type=int, help="default of this and the next four: RECIPES")
+    add("--epochs", type=int, help="default of this and the next four: see RECIPES")
     for name in ("--lr", "--warmup", "--decay", "--momentum"):
         add(name, type=float)
     add("--model", choices=("resnet18", "resnet50"), default="resnet50")
     add("--image-size", type=int, default=224)
     add("--shard", choices=("ddp", "fsdp2"), default="ddp")
     add("--bf16", action="store_true", help="autocast to bfloat16")
-    add(
-        "--workers",
-        type=int,
-        default=8,
-        help="processes that load images, for each process",
-    )
+    add("--workers", type=int, default=8, help="image loaders of each process")
     add("--checkpoint", type=Path, default="imagenet.pt", help="resumed if it exists")
     batch = parser.parse_args().batch
     least = max((n for n in RECIPES if n <= batch), default=min(RECIPES))
@@ -126,8 +121,8 @@ def main():
     others = loader(args.data / "val", *options, augment=False)
     if rest or len(images) < args.accumulate:
         raise SystemExit(
-            f"--batch is {args.batch}, expected a multiple of processes x --accumulate, "
-            "and no more than the training images"
+            f"--batch is {args.batch}, expected a multiple of processes x --accumulate "
+            "and at most the number of training images"
         )
     torch.manual_seed(0)
     model = models.build(args.model, 3, len(classes), args.image_size)
