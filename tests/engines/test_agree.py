@@ -98,7 +98,8 @@ def test_norms_that_are_given_are_used(engine):
 @pytest.mark.parametrize("engine", ALL)
 def test_norms(engine):
     w = [torch.tensor([3.0, 4.0], device=DEVICE), ones(2, 0), ones(4)]
-    layers = Layers(w, w, [None] * 3, [True] * 3, [True] * 3)
+    g = [x.clone() for x in w]
+    layers = Layers(w, g, [None] * 3, [True] * 3, [True] * 3)
     for found in engine.bind(layers, Config()).norms(Config()):
         assert found.dtype == torch.float64
         assert found.tolist() == [5.0, 0.0, 2.0]
