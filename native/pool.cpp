@@ -32,7 +32,7 @@ public:
     drain(task, count);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      wanted_ = 0; // who has not begun by now need not begin
+      wanted_ = 0; // a worker that has not begun by now need not begin
     }
     for (int i = 0; i < 1000 && active_ > 0; ++i)
       std::this_thread::yield(); // falling asleep would take longer than what is left
@@ -80,8 +80,8 @@ private:
   std::uint64_t round_ = 0;
 };
 
-// Never destroyed, so that the threads may outlive the interpreter's shutdown; and made
-// anew in a forked child, which inherits the object but none of its threads.
+// Never destroyed, so that the threads may outlive the interpreter; recreated
+// in a forked child, which inherits the object but none of its threads.
 std::atomic<Pool *> pool{nullptr};
 std::mutex *using_pool = new std::mutex;
 
