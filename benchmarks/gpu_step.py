@@ -219,10 +219,10 @@ class Run:
 
 def dry_run(dtype: torch.dtype) -> Run:
     """Have the GPU's engine at work on the CPU, and measure as little as can be."""
-    from larskit.torch import bucket, optimizer
+    from larskit import engines
 
     os.environ["JAX_PLATFORMS"] = "cpu"
-    bucket.GPU = optimizer.GPU = "cpu"
+    engines.GPU = "cpu"
     return Run(dtype, math.inf, "cpu", on_host, (EAGER,), 2, 0.0, 1, 2**16)
 
 

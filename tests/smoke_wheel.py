@@ -9,7 +9,7 @@ import numpy as np
 
 import larskit
 from larskit.config import Config
-from larskit.engines import native
+from larskit.engines import Layers, native
 
 
 def main() -> None:
@@ -18,7 +18,9 @@ def main() -> None:
     assert native.unavailable() is None, native.unavailable()
     w, g = np.full(4, 2.0, "float32"), np.full(4, 4.0, "float32")
     assert larskit.lars_update(w, g, 0.5).tolist() == [1.0] * 4
-    native.step_([w], [g], [None], 0.5, Config(trust_coefficient=1.0))
+    layers = Layers([w], [g], [None], [True], [True])
+    config = Config(trust_coefficient=1.0)
+    native.bind(layers, config).step_(0.5, config)
     assert w.tolist() == [1.0] * 4
     command = Path(sysconfig.get_path("scripts")) / "larskit"
     table = subprocess.run([command, "doctor"], capture_output=True, check=True).stdout

@@ -21,7 +21,7 @@ ALLOWED = {
     "norm": {"arrays"},
     "rule": {"arrays", "config", "norm"},
     "tree": {"arrays", "names"},
-    "layers": {"arrays", "config", "select", "tree"},
+    "leaves": {"arrays", "config", "select", "tree"},
     # where the rule runs: the contract, and the engines behind it
     "engines.contract": {"arrays", "config", "rule"},
     "engines.conditional": {"arrays", "config", "engines.contract"},
@@ -46,12 +46,12 @@ ALLOWED = {
         *("arrays", "config", "engines.conditional", "engines.contract"),
         *("engines.layout", "engines.triton.kernels", "rule"),
     },
-    "engines.triton.kernels": set(),
+    "engines.triton.kernels": {"config"},
     "norms": {"arrays"},
     "norms.dtensor": {"arrays", "engines"},
     "norms.mesh": set(),
     # the functions, the hook, containers with methods
-    "functional": {"arrays", "config", "engines", "layers", "select", "tree"},
+    "functional": {"arrays", "config", "engines", "leaves", "select", "tree"},
     "hook": {
         *("arrays", "config", "engines", "jax.transform", "norms", "norms.dtensor"),
         "torch.attach",
@@ -62,7 +62,7 @@ ALLOWED = {
     "state.files": {"arrays"},
     "state.portable": {"arrays", "config", "names", "state.files"},
     "state.functional": {
-        *("arrays", "config", "functional", "layers", "select", "state.portable"),
+        *("arrays", "config", "functional", "leaves", "select", "state.portable"),
         "tree",
     },
     # the optimizers
@@ -76,13 +76,17 @@ ALLOWED = {
         *("engines", "norm", "norms", "norms.dtensor", "torch.bucket"),
         "torch.options",
     },
-    "torch.stepper": {"engines", "norms", "rule", "torch.options", "torch.plan"},
+    "torch.stepper": {
+        *("config", "engines", "norms", "rule", "torch.options", "torch.plan"),
+    },
     "torch.attach": {"config", "norms", "torch.options", "torch.plan"},
-    "torch.backward": {"rule", "torch.options", "torch.plan", "torch.stepper"},
+    "torch.backward": {
+        *("config", "rule", "torch.options", "torch.plan", "torch.stepper"),
+    },
     "torch.describe": {"config", "torch.options", "torch.plan"},
     "torch.foreign": {"arrays", "config", "torch.bucket", "torch.options"},
     "torch.portable": {
-        *("arrays", "norms", "norms.dtensor", "state", "state.portable"),
+        *("arrays", "config", "norms", "norms.dtensor", "state", "state.portable"),
         *("torch.options", "torch.plan"),
     },
     "torch.optimizer": {
@@ -106,8 +110,8 @@ ALLOWED = {
         *("arrays", "config", "keras.variables", "state", "state.portable"),
     },
     "keras.optimizer": {
-        *("arrays", "config", "keras.portable", "keras.variables", "rule", "select"),
-        *("state", "state.portable"),
+        *("arrays", "config", "keras.portable", "keras.variables", "names", "rule"),
+        *("select", "state", "state.portable"),
     },
     # the command line, which uses only what is public
     "app": set(),

@@ -25,6 +25,7 @@ APIS = {
 }
 EXPECTED = [name for name in NAMES if name not in HOOK_ONLY]
 DOCUMENTED = {
+    "torch": LARS,
     "jax.lars": larskit.jax.lars,
     "jax.scale_by_lars": larskit.jax.scale_by_lars,
     "keras": keras.LARS,

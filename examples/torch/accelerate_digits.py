@@ -78,7 +78,7 @@ def main():
                 right = model(images).argmax(1) == labels
             hits.append(accelerator.gather_for_metrics(right))
         accuracy = torch.cat(hits).float().mean()
-        ratios = [x.ratio for x in optimizer.optimizer.lengths().values()]
+        ratios = [x.ratio for x in optimizer.optimizer.layer_stats().values()]
         accelerator.print(
             f"epoch {epoch + 1}: accuracy {accuracy:.2%}, "
             f"smallest trust ratio {min(ratios):.2g}"

@@ -138,7 +138,8 @@ def main():
         if dist.get_rank() == 0:
             with atomic(args.checkpoint) as file:
                 torch.save((epoch + 1, weights, state), file)
-            ratios = [x.ratio for x in optimizer.lengths().values() if x.ratio != 1]
+            stats = optimizer.layer_stats().values()
+            ratios = [x.ratio for x in stats if x.ratio != 1]
             told = f"epoch {epoch + 1}: loss {loss:.4f}, validation {val_loss:.4f} and "
             told += f"{accuracy:.2%}, ratios {min(ratios):.2g} to {max(ratios):.2g}"
             print(told, flush=True)

@@ -94,7 +94,8 @@ class Config:
     def at_step(self, count: Scalar) -> Self:
         """Return the configuration for the step after `count` steps.
 
-        The first step is not dampened, where a buffer of zeros stands for none.
+        Dampening applies from the second step on. Where a first buffer is not None but
+        zeros, the rule cannot tell the first step.
         """
         if is_zero(self.dampening) or self.denominator == "momentum":
             return self

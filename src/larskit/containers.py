@@ -154,8 +154,9 @@ class Container(_Weights, dict):
 
     def __getattr__(self, name: str) -> Tree:
         """Return the item called `name`."""
-        if name == "__jax_array__" and not _in_jax and sys.modules.get("jax"):
-            raise RuntimeError(_TOO_OLD)  # JAX asks for it where it finds no array
+        if name == "__jax_array__" and not _known_to_jax and sys.modules.get("jax"):
+            # JAX asks every leaf that is no array. It replaces a TypeError by its own.
+            raise RuntimeError(_TOO_OLD)
         try:
             return self[name]
         except KeyError:
@@ -241,7 +242,7 @@ def _traits(x: Tree) -> object:
 
 register(Container)
 
-_in_jax = False  # whether JAX knows Containers
+_known_to_jax = False
 _TOO_OLD = (
     "JAX does not know this Container as a pytree, because it was made before JAX was "
     "imported: import larskit.jax first"
@@ -250,9 +251,9 @@ _TOO_OLD = (
 
 def register_in_jax() -> None:
     """Make `Container` a pytree of JAX, if JAX is loaded."""
-    global _in_jax
+    global _known_to_jax
     tree_util = getattr(sys.modules.get("jax"), "tree_util", None)
-    if _in_jax or tree_util is None:
+    if _known_to_jax or tree_util is None:
         return
     with suppress(ValueError):  # another thread was faster
         tree_util.register_pytree_with_keys(
@@ -260,7 +261,7 @@ def register_in_jax() -> None:
             partial(_walk_with_keys, tree_util.DictKey),
             partial(build_mapping, Container),
         )
-    _in_jax = True
+    _known_to_jax = True
 
 
 def _walk_with_keys(

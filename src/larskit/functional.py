@@ -20,7 +20,7 @@ from larskit.arrays import (
     write,
 )
 from larskit.config import Config, Denominator, LrPlacement, documented, is_number
-from larskit.layers import Layers
+from larskit.leaves import Leaves
 from larskit.select import Selection
 from larskit.tree import (
     Leaf,
@@ -97,7 +97,7 @@ def lars_update(
     >>> lars_update(np.array([3.0, 4.0]), np.array([0.0, 2.0]), 0.1)
     array([3. , 3.5])
     """
-    layers = Layers(w, "w")
+    layers = Leaves(w, "w")
     columns: Any = (
         layers.arrays,
         layers.arrays_of(dcdw, "dcdw"),
@@ -124,7 +124,7 @@ def lars_update(
     return out
 
 
-def _receivers(layers: Layers, w: Tree, out: Tree, differentiable: bool) -> list[Leaf]:
+def _receivers(layers: Leaves, w: Tree, out: Tree, differentiable: bool) -> list[Leaf]:
     """Return the leaves of `out`, after checking that each can take its result."""
     if is_leaf(out) and not is_leaf(w):
         raise TypeError(
@@ -183,7 +183,7 @@ def init(params: Tree) -> State:
     State
         Its `count` is an array in frameworks that compile, so that it can be traced.
     """
-    layers = Layers(params, "params")
+    layers = Leaves(params, "params")
     first = next(iter(layers.arrays), None)
     count = namespace(first).asarray(0) if compiles(first) else 0
     zeros = [namespace(w).zeros_like(stop_gradient(w)) for w in layers.arrays]
@@ -256,7 +256,7 @@ def update(
     (array([-0.5,  0.5]), 1)
     """
     config = Config.pick(locals()).at_step(state.count)
-    layers = Layers(params, "params")
+    layers = Leaves(params, "params")
     rows = zip(
         layers.arrays,
         layers.arrays_of(grads, "grads"),

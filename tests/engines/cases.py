@@ -165,11 +165,3 @@ def same(ours, theirs):
     """Whether tensors are the same to the bit, but for the device."""
     pairs = [(a, b.to(a.device)) for a, b in zip(ours, theirs, strict=True)]
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
-
-
-def short(config: Config) -> str:
-    """Name a configuration by what of it is not the default."""
-    plain = Config()
-    changed = {k: x for k, x in vars(config).items() if x != getattr(plain, k)}
-    changed = {k: x for k, x in changed.items() if x not in (0.01, 0.02)}
-    return "-".join(f"{k}={x}" for k, x in changed.items()) or "default"

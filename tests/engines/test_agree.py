@@ -64,9 +64,15 @@ def each_step_agrees(name, config, dtype):
         state = new
 
 
+def some(name):
+    """Return options and dtypes; few for Triton's interpreter, which is slow."""
+    rows = covering(dtypes(name))
+    return rows[::3] if name == "triton" and DEVICE == "cpu" else rows
+
+
 @pytest.mark.parametrize(
     ("name", "config", "dtype"),
-    [(name, *row) for name in ENGINES for row in covering(dtypes(name))],
+    [(name, *row) for name in ENGINES for row in some(name)],
 )
 def test_each_step_agrees_with_the_reference(name, config, dtype):
     each_step_agrees(name, config, dtype)

@@ -37,15 +37,16 @@ def test_launches_are_bound_and_compiled_once(run):
 
 def test_every_target_and_variant_is_there(compiled):
     assert {row["target"] for row in compiled} == {"cuda 80", "cuda 90", "hip gfx942"}
-    assert len(compiled) == 3 * 3 * 6
+    assert len(compiled) == 3 * (4 * 7 + 2)
 
 
 def test_whole_blocks_are_read_and_written_in_vectors(compiled):
     """Of 16 bytes: a thread has eight elements of each array."""
     for row in compiled:
-        if not row["target"].startswith("cuda") or row["kernel"] == "finish":
+        if not row["target"].startswith("cuda") or row["kernel"].startswith("finish"):
             continue
-        arrays = {"measure": 2, "move": 3 if row["keeps"] else 2}[row["kernel"]]
+        move = 3 if row["momentum"] else 2
+        arrays = {"measure": 2, "scale": 2, "move": move}[row["kernel"]]
         if row["kernel"] == "measure" and row["denominator"] == "momentum":
             arrays += 1
         vectors = sum(n for op, n in row["loads"].items() if ".v" in op)

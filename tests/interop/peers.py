@@ -1,7 +1,7 @@
 """One run that every implementation of LARS is sent through, and what of it is ours.
 
 The configurations that make larskit do what another implementation does are those of
-docs/peers.md, so that the page says what was tested.
+docs/implementations.md, so that the page says what was tested.
 """
 
 import re
@@ -13,7 +13,7 @@ import numpy as np
 
 from larskit import functional
 
-PAGE = Path(__file__).parents[2] / "docs" / "peers.md"
+PAGE = Path(__file__).parents[2] / "docs" / "implementations.md"
 Weights = dict[str, Any]
 
 _rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 """larskit beside other implementations of LARS: real ones, and some restated.
 
 brainpy, Chainer and ivy have environments of their own: `live/`. Where a peer is wrong,
-a test says so; it fails once the peer is mended, and docs/peers.md with it.
+a test says so; it fails once the peer is mended, and docs/implementations.md with it.
 """
 
 import importlib
@@ -251,7 +251,7 @@ def restated(rule: Callable[..., Any], **arguments: Any) -> Trajectory:
 
 
 class Case(NamedTuple):
-    """A peer by its name in docs/peers.md, and what differs from what stands there."""
+    """An implementation, by its name in the docs, and what differs from that page."""
 
     peer: str
     run: Callable[[], Trajectory]

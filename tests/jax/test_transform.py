@@ -355,7 +355,8 @@ def test_statistics_are_kept_where_they_are_asked_for(jit):
     params, grads = stacked_and_plain()
     axis = {"blocks": 0}
     options: Any = {"weight_decay": 0.5, "eps": 0.25, "layer_axis": axis}
-    chain: Any = optax.chain(optax.identity(), lars(0.5, **options, layer_stats=True))
+    recording: Any = lars(0.5, **options, layer_stats=True)
+    chain: Any = optax.chain(optax.identity(), recording)
     state = chain.init(params)
     assert layer_stats(state) == {}
     update = jax.jit(chain.update) if jit else chain.update

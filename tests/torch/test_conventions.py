@@ -58,7 +58,7 @@ EXCLUSIVE = [
     ({"carry_norms": True, "foreach": True}, "only a fused engine"),
     ({"carry_norms": True, "foreach": False}, "only a fused engine"),
     ({"carry_norms": True, "fused": False}, "only a fused engine"),
-    ({"carry_norms": True, "capturable": True}, "who else writes"),
+    ({"carry_norms": True, "capturable": True}, "another caller writes"),
     ({"carry_norms": True, "differentiable": True}, "only a fused engine"),
     ({"capturable": True, "on_nonfinite": "raise"}, "cannot raise"),
     ({"differentiable": True, "foreach": True}, "autograd"),
@@ -88,7 +88,7 @@ INFOS = [
                 options,
                 RuntimeError,
                 " and ".join(f"{k}={v!r}" for k, v in options.items())
-                + " exclude each other: .*"
+                + " conflict: .*"
                 + why,
             )
             for options, why in EXCLUSIVE

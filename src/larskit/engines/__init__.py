@@ -154,7 +154,8 @@ def _fused_engine(w: Any) -> str:
 
 def _engine(name: str) -> Engine:
     try:
-        return import_module(f"larskit.engines.{name}")
+        engine: Any = import_module(f"larskit.engines.{name}")
+        return engine
     except ModuleNotFoundError as why:
         raise Unsupported(_not_installed(why)) from None
 

@@ -51,6 +51,8 @@ def bind(
     del config, scales_gradients, former
     if switches.carry_norms:
         raise Unsupported("the reference engine carries no norms over")
+    if switches.differentiable and layers.out is None:
+        _refuse_leaves(layers.weights)
     return Group(layers, switches)
 
 
@@ -166,6 +168,15 @@ class Group:
     def _recording(self) -> Any:
         """Have autograd record a step that is taken in place, if it must."""
         return sys.modules["torch"].enable_grad() if self._records else nullcontext()
+
+
+def _refuse_leaves(weights: Arrays) -> None:
+    if any(w.is_leaf and w.requires_grad for w in weights):
+        raise RuntimeError(
+            "differentiable=True makes the new weights part of the graph, which a leaf "
+            "that requires gradients cannot be: give the optimizer clones (p.clone()), "
+            "and give those their .grad"
+        )
 
 
 def _each(norms: Norms | None) -> Iterator[Any]:

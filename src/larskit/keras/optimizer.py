@@ -9,7 +9,15 @@ import keras
 from keras import ops
 
 from larskit import rule
-from larskit.arrays import Array, Scalar, cast, check_floating, dtype_name, widen
+from larskit.arrays import (
+    Array,
+    Scalar,
+    cast,
+    check_floating,
+    dtype_name,
+    to_numpy,
+    widen,
+)
 from larskit.config import (
     NAMES,
     PER_LAYER,
@@ -318,18 +326,17 @@ class LARS(keras.optimizers.Optimizer):
             )
         if not self.built or int(self.iterations) == 0:
             return {}
-        return {
-            path: LayerStats(*ops.convert_to_numpy(stats).tolist(), adapt, decay)
-            for (path, adapt, decay), stats in zip(
-                self._chosen, self._stats, strict=True
-            )
-        }
+        found = {}
+        for (path, adapt, decay), stats in zip(self._chosen, self._stats, strict=True):
+            w_norm, q, ratio = to_numpy(tensor(stats)).tolist()
+            found[path] = LayerStats(w_norm, q, ratio, adapt, decay)
+        return found
 
     def __repr__(self) -> str:
         """Show the hyper-parameters, and which variables are excluded."""
         rate = self._learning_rate
         if isinstance(rate, keras.Variable):
-            rate = float(ops.convert_to_numpy(rate))
+            rate = float(to_numpy(tensor(rate)))
         shared, plain = vars(Config.pick(vars(self))), vars(Config())
         options = {name: shared[name] for name in SHARED if shared[name] != plain[name]}
         shown = {"learning_rate": rate, **options}

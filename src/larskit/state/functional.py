@@ -4,7 +4,7 @@ from larskit import functional
 from larskit.arrays import Array, Scalar, from_numpy, to_numpy
 from larskit.config import Config
 from larskit.functional import State
-from larskit.layers import Layers
+from larskit.leaves import Leaves
 from larskit.select import Selection
 from larskit.state.portable import (
     LayerTable,
@@ -55,7 +55,7 @@ def to_portable(
     >>> write_state(to_portable(params, state, 1.0, **how), "state.safetensors")
     >>> state = from_portable(read_state("state.safetensors"), params, **how)
     """
-    layers = Layers(params, "params")
+    layers = Leaves(params, "params")
     table = _table(layers, lr, adapt, decay, hyperparameters)
     buffers = layers.arrays_of(state.momentum, "state.momentum")
     step = int(state.count)
@@ -100,7 +100,7 @@ def from_portable(
     ValueError, TypeError
         The state does not fit, or does not say how many steps were taken.
     """
-    layers = Layers(params, "params")
+    layers = Leaves(params, "params")
     table = _table(layers, lr, adapt, decay, hyperparameters)
     weights = dict(zip(table, layers.arrays, strict=True))
     found = portable.fitted(table, weights, names=names, convert=convert)
@@ -119,7 +119,7 @@ def from_portable(
 
 
 def _table(
-    layers: Layers,
+    layers: Leaves,
     lr: Scalar | Tree,
     adapt: Selection,
     decay: Selection,

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from larskit.config import PER_LAYER
 from larskit.rule import LayerStats
-from larskit.torch.options import PER_LAYER, Groups, is_selected, policy_of
+from larskit.torch.options import Groups, is_selected, policy_of
 from larskit.torch.plan import Plan, name_of
 from larskit.torch.stepper import Stepper
 
@@ -138,6 +139,7 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> StepInBackward:
 
     Examples
     --------
+    >>> from larskit.torch import LARS
     >>> model = torch.nn.Linear(4, 2)
     >>> optimizer = LARS(model.parameters(), lr=2.0)
     >>> handle = step_in_backward(optimizer)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from larskit import engines
-from larskit.config import Config
+from larskit.config import PER_LAYER, Config
 from larskit.engines import Layers
 from larskit.norms import is_sharded
 from larskit.rule import Norms
-from larskit.torch.options import PER_LAYER, Settings, is_selected
+from larskit.torch.options import Settings, is_selected
 
 MOMENTUM, MASTER = "momentum_buffer", "master_weight"
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -83,6 +83,12 @@ class Bucket:
         self, settings: Settings, former: "list[Bucket]", scales_gradients: bool
     ) -> None:
         """Bind the parameters to the engine that steps them, or scales gradients."""
+        for name in ("carry_norms", "differentiable"):
+            if self.key.sharded and getattr(settings.switches, name):
+                raise RuntimeError(
+                    f"{name}=True is not supported for sharded parameters, whose norms "
+                    "are reduced over all processes: omit it"
+                )
         gradients = [self._gradient(p) for p in self.params]
         # Scaled gradients are new tensors: those of the parameters are not ours.
         out = [None] * len(gradients) if scales_gradients else None

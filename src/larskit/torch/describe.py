@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from larskit import config as _config
-from larskit.torch.options import PER_LAYER, Groups, is_selected
+from larskit.config import PER_LAYER
+from larskit.torch.options import Groups, is_selected
 from larskit.torch.plan import Plan, name_of
 
 _SHOWN = 6  # names in a repr
@@ -22,19 +23,23 @@ class _Row(NamedTuple):
 
 
 def summary(kind: str, groups: Groups) -> str:
-    """Return the hyper-parameters of each group, and the layers that are excluded."""
+    """Return what torch's optimizers show of a group, and the layers excluded.
+
+    Of the hyper-parameters, those that are not the default.
+    """
     lines = []
     for index, group in enumerate(groups):
         rows = list(_rows(index, group, {}))
-        options = ", ".join(f"{name}={x!r}" for name, x in _options(group))
-        lines.append(f"  group {index}: {len(rows)} layers, {options}")
+        lines.append(f"Parameter Group {index}")
+        lines += (f"    {name}: {x}" for name, x in _options(group))
+        lines.append(f"    layers: {len(rows)}")
         for what, names in (
             ("not adapted", [row.name for row in rows if not row.adapted]),
             ("not decayed", [row.name for row in rows if not row.decayed]),
         ):
             if names:
                 lines.append(f"    {what} ({len(names)}): {_listed(names)}")
-    return "\n".join([f"{kind}(", *lines, ")"])
+    return "\n".join([f"{kind} (", *lines, ")"])
 
 
 def table(groups: Groups, plans: list[Plan]) -> str:
@@ -83,7 +88,7 @@ def _at_raw_rate(lr: Any) -> str:
     """Warn of a rate that is made for adapted layers; a tensor is not looked at."""
     if isinstance(lr, Tensor) or lr <= 1:
         return ""
-    return f"steps at the raw rate of {lr:g}: give it a lower one"
+    return f"raw rate {lr:g}: lower it"
 
 
 def _options(group: dict[str, Any]) -> Iterator[tuple[str, Any]]:

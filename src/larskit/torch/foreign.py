@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from larskit.arrays import Scalar
-from larskit.config import LrPlacement, choice
+from larskit.config import PER_LAYER, SHARED, LrPlacement, choice
 from larskit.torch.bucket import MOMENTUM
-from larskit.torch.options import PER_GROUP, PER_LAYER, SWITCHES
+from larskit.torch.options import SWITCHES
 
 StateDict = dict[str, Any]  # {"state": ..., "param_groups": ...}
 
@@ -21,7 +21,7 @@ _SYNONYMS = {
     "trust_clip": "clip",
 }
 _DROPPED = ("always_adapt", "weight_decay_filter", "lars_adaptation_filter")
-_OWN = (*PER_GROUP, *PER_LAYER, *SWITCHES, "lr", "on_nonfinite", "master_weights")
+_OWN = (*SHARED, *PER_LAYER, *SWITCHES, "lr", "on_nonfinite", "master_weights")
 
 
 def convert_state_dict(

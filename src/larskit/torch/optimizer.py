@@ -7,27 +7,28 @@ import torch
 from torch import Tensor
 
 from larskit.arrays import check_floating
-from larskit.config import Config, Denominator, LrPlacement, OnNonfinite
+from larskit.config import (
+    PER_LAYER,
+    SHARED,
+    Config,
+    Denominator,
+    LrPlacement,
+    OnNonfinite,
+    documented,
+)
 from larskit.norms import check_layer
 from larskit.rule import LayerStats
 from larskit.select import Selection, check_matched, select
 from larskit.state import Names, PortableState
 from larskit.torch import describe, foreign, portable
 from larskit.torch.bucket import LOW_PRECISION
-from larskit.torch.options import (
-    PER_GROUP,
-    PER_LAYER,
-    SWITCHES,
-    Groups,
-    check_group,
-    is_selected,
-    policy_of,
-)
+from larskit.torch.options import SWITCHES, Groups, check_group, is_selected, policy_of
 from larskit.torch.stepper import Stepper
 
 _SWITCHES = (*SWITCHES, "on_nonfinite", "master_weights")
 
 
+@documented
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling.
 
@@ -42,24 +43,14 @@ class LARS(torch.optim.Optimizer):
     lr : float or 0-d Tensor
         Learning rate, at least 0. With the default trust coefficient good rates are
         about a hundred times those of SGD, 1 to 30.
-    momentum, weight_decay, trust_coefficient, eps
-        See `larskit.config.Config`, as for the keywords down to `threshold`.
-    denominator : {"paper", "decayed_gradient", "gradient", "momentum"}
-        What the length of a layer is divided by.
-    lr_placement : {"inside", "outside"}
-        Whether the rate multiplies what enters the momentum buffer or what leaves it.
-        Most PyTorch implementations have it outside.
-    nesterov, dampening, clip, threshold
-        Nesterov's momentum, dampening of the buffer, LARC's clipping of the ratio, and
-        the length up to which a layer is not adapted.
+    {momentum:threshold}
     adapt, decay : None, bool, pattern, sequence of patterns, or callable
         Which layers get a trust ratio and which are decayed. None (default): those of
         two or more dimensions. True: all. False: none. A name pattern (`fnmatch`, or a
         compiled expression), or a callable ``(name, tensor) -> bool``, both for
         parameters that come with names. A layer that is not adapted steps at the raw
         learning rate.
-    maximize : bool
-        Climb instead of descend.
+    {maximize}
     foreach : bool, optional
         True: multi-tensor operations. False: tensor by tensor, on the reference engine.
         None (default): multi-tensor operations where `fused` does not apply.
@@ -152,7 +143,7 @@ class LARS(torch.optim.Optimizer):
         """Check the arguments and resolve which layers are adapted and decayed."""
         given = locals()
         defaults = {
-            name: given[name] for name in ("lr", *PER_GROUP, *PER_LAYER, *_SWITCHES)
+            name: given[name] for name in ("lr", *SHARED, *PER_LAYER, *_SWITCHES)
         }
         self._stepper = Stepper()
         super().__init__(params, defaults)
@@ -303,7 +294,7 @@ class LARS(torch.optim.Optimizer):
         >>> print(optimizer.describe())
         layer   shape  adapted  decayed  engine
         weight  2x4    yes      yes      none yet
-        bias    2      no       no       none yet  steps at the raw rate of 2: ...
+        bias    2      no       no       none yet  raw rate 2: lower it
         """
         return describe.table(self.param_groups, self._stepper.plans)
 

@@ -7,15 +7,11 @@ from torch import Tensor
 
 from larskit import config as _config
 from larskit import engines
-from larskit.config import Config, OnNonfinite, check_lr, is_zero
+from larskit.config import SHARED, Config, OnNonfinite, check_lr, is_zero
 from larskit.engines import Switches
 
 Group = dict[str, Any]
 Groups = Sequence[Group]
-PER_LAYER = ("adapt", "decay")
-PER_GROUP = tuple(
-    name for name in _config.NAMES if name not in (*PER_LAYER, "zero_guard")
-)
 SWITCHES = Switches._fields
 
 
@@ -40,10 +36,9 @@ class Settings(NamedTuple):
 def settings_of(group: Group) -> Settings:
     """Check the hyper-parameters of a group, and return them."""
     check_rate(group["lr"])
-    for name in PER_GROUP:
+    for name in SHARED:
         _check_one_number(name, group[name])
-    config = Config(**{name: group[name] for name in PER_GROUP})
-    return Settings(config, switches_of(group), group["master_weights"])
+    return Settings(Config.pick(group), switches_of(group), group["master_weights"])
 
 
 def switches_of(group: Group) -> Switches:

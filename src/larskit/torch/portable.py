@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from larskit.arrays import Scalar, from_numpy, to_numpy
+from larskit.config import PER_LAYER
 from larskit.norms import is_sharded
 from larskit.state import Names, PortableState
 from larskit.state.portable import LayerTable, described
-from larskit.torch.options import PER_LAYER, is_selected, settings_of
+from larskit.torch.options import is_selected, settings_of
 from larskit.torch.plan import name_of
 
 # The parts of a state, and what they are called in `optimizer.state`.

@@ -8,11 +8,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from larskit import engines
+from larskit.config import PER_LAYER, SHARED
 from larskit.norms import is_sharded
 from larskit.rule import LayerStats
 from larskit.torch.options import (
-    PER_GROUP,
-    PER_LAYER,
     SWITCHES,
     Groups,
     Settings,
@@ -24,7 +23,7 @@ from larskit.torch.options import (
 from larskit.torch.plan import Plan, same
 
 # All that a step reads of a parameter group, beside its parameters and its rate.
-_OPTIONS = (*PER_GROUP, *PER_LAYER, *SWITCHES, "on_nonfinite", "master_weights")
+_OPTIONS = (*SHARED, *PER_LAYER, *SWITCHES, "on_nonfinite", "master_weights")
 
 
 class Stepper:

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from larskit.config import Config
+from larskit.engines import Layers
 from larskit.engines.triton import group
 
 LAUNCHES: list[Any] = []
@@ -32,12 +33,14 @@ class NoGpu:
 
 
 def launch(kernel: Any, programs: int, *arguments: Any) -> None:
-    """Do what a launch does, but for the last thing."""
+    """Do all of a launch except its last part."""
     before = sum(len(caches[0]) for caches in kernel.device_caches.values())
     options = {"num_warps": group._WARPS, "enable_fp_fusion": False}
     bound = kernel.warmup(*arguments, grid=(programs,), **options)
     after = sum(len(caches[0]) for caches in kernel.device_caches.values())
-    types = [bound.src.signature[name] for name in ("rate", "scale", "permitted")]
+    types = [
+        bound.src.signature[name] for name in ("lr_ptr", "scale_ptr", "apply_if_ptr")
+    ]
     LAUNCHES.append([kernel.__name__, after > before, types])
 
 
@@ -45,18 +48,19 @@ def main() -> None:
     no_gpu: Any = NoGpu()
     driver.set_active(no_gpu)
     group.INTERPRETED = True  # CPU tensors stand for those of the GPU
-    group.broken = lambda device: None
+    group.refusal_of = lambda device: None
     group._launch = launch
     w, g = ([torch.ones(5000), torch.ones(3)] for _ in range(2))
-    kept = [torch.empty_like(x) for x in w]
-    layers = group.Group(w, g, [None, None], kept)
+    v = [torch.zeros_like(x) for x in w]
+    every, config = [True, True], Config()
+    bound = group.bind(Layers(w, g, v, every, every), config)
     flag, scale = torch.tensor(True), torch.tensor(8.0)
-    layers.step_(0.5, Config())
-    scaled: dict[str, Any] = {"permitted": flag, "scale": scale}
+    bound.step_(0.5, config)
+    scaled: dict[str, Any] = {"apply_if": flag, "grad_scale": scale}
     steps = (0.25, {}), (torch.tensor(0.25), scaled), (torch.tensor(0.5), scaled)
     for lr, options in steps:
-        assert layers.aim(g)
-        layers.step_(lr, Config(), **options)
+        assert bound.rebind(g)
+        bound.step_(lr, config, **options)
     json.dump(LAUNCHES, sys.stdout)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from larskit.config import Config
 from larskit.engines.triton import group, kernels
 
 TARGETS = [
@@ -23,36 +25,36 @@ TARGETS = [
     GPUTarget("cuda", 90, 32),
     GPUTarget("hip", "gfx942", 64),
 ]
-PLAIN = {
-    "w": "float32",
-    "g": "float32",
-    "denominator": "paper",
-    "placement": "inside",
-    "nesterov": False,
-    "clip": False,
-    "adapt": True,
-    "maximize": False,
-    "zero_guard": True,
-    "decays": True,
-    "keeps": True,
-    "scaled": False,
-    "asks": False,
-    "known": False,
-    "carries": False,
-}
-VARIANTS: list[dict[str, Any]] = [
-    {},
-    {"w": "bfloat16", "g": "bfloat16"},
-    {"w": "float64", "g": "float64", "clip": True},
-    {"w": "float16", "g": "float16", "keeps": False},
-    {"w": "bfloat16", "g": "float32", "denominator": "momentum"}
-    | {"placement": "outside", "nesterov": True, "maximize": True},
-    {"scaled": True, "asks": True, "carries": True, "denominator": "decayed_gradient"},
+STEPPING = (kernels.measure, kernels.finish, kernels.move, kernels.finish_update)
+Options = tuple[tuple[str, str], dict[str, Any], dict[str, bool]]
+# The dtypes of weights and gradients, the hyper-parameters, and what a step asks for.
+VARIANTS: list[Options] = [
+    (("float32", "float32"), {}, {}),
+    (("bfloat16", "bfloat16"), {}, {}),
+    (("float64", "float64"), {"clip": True}, {}),
+    (("float16", "float16"), {"momentum": 0.0}, {}),
+    (
+        ("bfloat16", "float32"),
+        {"denominator": "momentum", "lr_placement": "outside", "nesterov": True},
+        {},
+    ),
+    (
+        ("float32", "float32"),
+        {"denominator": "decayed_gradient"},
+        {"unscales": True, "conditional": True, "carries": True},
+    ),
+    (("float32", "float32"), {}, {"full_stats": True}),
+]
+# What scales gradients has no buffers.
+SCALING: list[Options] = [
+    (("float32", "float32"), {}, {}),
+    (("bfloat16", "bfloat16"), {}, {"keeps_scale": True}),
 ]
 TYPES = {
-    "table": "*i64", "owners": "*i64", "layers": "i32", "blocks": "i32",
-    "sums": "*fp64", "lengths": "*fp64", "rate": "*fp64", "numbers": "*fp64",
-    "scale": "*fp32", "permitted": "*i1", "HOW": "constexpr", "GIVEN": "constexpr",
+    "table_ptr": "*i64", "owners_ptr": "*i64", "layers": "i32", "blocks": "i32",
+    "sums_ptr": "*fp64", "stats_ptr": "*fp64", "lr_ptr": "*fp64",
+    "numbers_ptr": "*fp64", "scale_ptr": "*fp32", "apply_if_ptr": "*i1",
+    "HOW": "constexpr", "GIVEN": "constexpr",
 }  # fmt: skip
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -87,24 +89,39 @@ def described(binary: Any) -> dict[str, Any]:
     }
 
 
+def variant(options: Options, buffers: bool) -> Any:
+    """Return what the kernels are compiled for, for layers that adapt and decay."""
+    dtypes, given, asked = options
+    config = Config(**{"weight_decay": 0.1, **given})
+    choices = tuple(getattr(config, name) for name in kernels.CHOICES)
+    has = buffers and config.momentum != 0
+    return group._variant(*dtypes, choices, momentum=has, carried=False, **asked)
+
+
+def programs() -> Iterator[tuple[Any, Any]]:
+    """Yield each kernel, with what it is compiled for."""
+    for options in VARIANTS:
+        how = variant(options, buffers=True)
+        yield from ((kernel, how) for kernel in STEPPING)
+    for options in SCALING:
+        yield kernels.scale, variant(options, buffers=False)
+
+
 def main() -> None:
     rows = []
     for target in TARGETS:
-        for variant in VARIANTS:
-            given = PLAIN | variant
-            how = group._variant(*given.values())
-            for kernel in (kernels.measure, kernels.finish, kernels.move):
-                binary = compiled(kernel, how, target)
-                row: dict[str, Any] = {
-                    "target": f"{target.backend} {target.arch}",
-                    "kernel": kernel.__name__,
-                    "keeps": how.keeps,
-                    "denominator": how.denominator,
-                    "bytes": [x.primitive_bitwidth // 8 for x in (how.w, how.g, how.w)],
-                }
-                if target.backend == "cuda":
-                    row |= described(binary)
-                rows.append(row)
+        for kernel, how in programs():
+            binary = compiled(kernel, how, target)
+            row: dict[str, Any] = {
+                "target": f"{target.backend} {target.arch}",
+                "kernel": kernel.__name__,
+                "momentum": how.momentum,
+                "denominator": how.denominator,
+                "bytes": [x.primitive_bitwidth // 8 for x in (how.w, how.g, how.w)],
+            }
+            if target.backend == "cuda":
+                row |= described(binary)
+            rows.append(row)
     json.dump(rows, sys.stdout)
 
 

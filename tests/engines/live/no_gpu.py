@@ -2,13 +2,15 @@
 
 import torch
 
-from larskit.engines import triton
+from larskit.config import Config
+from larskit.engines import Layers, triton
 
 if torch.cuda.is_available():
     print("there is a GPU")
 else:
     print(triton.unavailable())
     try:
-        triton.Group([torch.ones(2)], [torch.ones(2)], [None])
+        w, every = [torch.ones(2)], [True]
+        triton.bind(Layers(w, w, [None], every, every), Config())
     except RuntimeError as why:
         print(why)

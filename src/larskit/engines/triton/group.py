@@ -312,9 +312,10 @@ class Group:
         with _current(self._device):
             self._measure(arguments, how, norms)
             _launch(kernels.scale, self._blocks, *arguments, how)
-        torch.autograd.graph.increment_version(self._out)
+        results = [x for x in self._out if x is not None]  # which all are there
+        torch.autograd.graph.increment_version(results)
         self._gradients = []
-        return self._out
+        return results
 
     def _arguments(
         self,
@@ -379,8 +380,9 @@ def _variant(
 ) -> Variant:
     dtypes = _DTYPES[w], _DTYPES[g]
     compute = tl.float64 if tl.float64 in dtypes else tl.float32
-    named = dict(zip(CHOICES, choices, strict=True))
-    return Variant(*dtypes, compute, **named, momentum=momentum, **how)
+    named: dict[str, Any] = dict(zip(CHOICES, choices, strict=True))
+    named |= {"momentum": momentum, **how}
+    return Variant(*dtypes, compute, **named)
 
 
 def _checked(layers: Layers) -> tuple[str, str]:

@@ -30,7 +30,7 @@ from larskit.tree import (
 )
 
 
-class Layers:
+class Leaves:
     """The leaves of a container of weights: each is one layer.
 
     Parameters
