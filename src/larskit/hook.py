@@ -72,7 +72,8 @@ class GradientLARS:
     name = "GradientLARS"
     timing = "pre"
     call_for_each_param = True
-    _cache: Any = None  # the configuration, and the attributes it was made of
+    # In a slot: the attributes themselves are those of Chainer's hook.
+    __slots__ = ("__dict__", "__weakref__", "_cache")
 
     def __init__(
         self, threshold: Any = 1e-2, weight_decay: Any = 0.0, eps: Any = 1e-9
@@ -90,7 +91,8 @@ class GradientLARS:
     def _current(self) -> tuple[Config, Callable[[Any, Any], bool]]:
         """Return the configuration, and what scales single NumPy gradients by it."""
         values = self.threshold, self.weight_decay, self.eps
-        if self._cache is None or any(map(is_not, values, self._cache[0])):
+        cache = getattr(self, "_cache", None)  # a copy has none
+        if cache is None or any(map(is_not, values, cache[0])):
             config = Config(
                 threshold=self.threshold,
                 weight_decay=self.weight_decay,
@@ -98,8 +100,9 @@ class GradientLARS:
                 trust_coefficient=1.0,
                 zero_guard=False,
             )
-            self._cache = values, (config, engines.array_scaler(config))
-        return self._cache[1]
+            cache = values, (config, engines.array_scaler(config))
+            self._cache = cache
+        return cache[1]
 
     def __repr__(self) -> str:
         """Show the hyper-parameters."""
@@ -110,7 +113,7 @@ class GradientLARS:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without the cache, which cannot be copied."""
-        return {name: x for name, x in vars(self).items() if name != "_cache"}
+        return dict(vars(self))
 
     def __call__(self, rule: Any, param: Any) -> None:
         """Scale the gradient of one parameter in place.

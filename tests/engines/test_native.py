@@ -293,6 +293,20 @@ def test_other_gradients_are_scaled_by_the_same_group(sizes, dtypes, where):
         assert not group.rebind(others[0])
 
 
+@pytest.mark.parametrize("dtypes", EXACT[:2])
+@pytest.mark.parametrize("layout", ["contiguous", "unaligned"])
+def test_large_gradients_are_scaled_past_the_caches(dtypes, layout):
+    generator = torch.Generator().manual_seed(0)
+    sizes = [8 * 2**20 + 5, 1029]
+    w, g, out = (
+        [array(generator, dtype, n, layout) for n in sizes]
+        for dtype in (*dtypes, dtypes[1])
+    )
+    found = scaling(w, g, out).scale_gradients(HOOK)
+    rows = zip(w, g, strict=True)
+    assert same(found, [rule.scaled_gradient(*row, HOOK) for row in rows])
+
+
 def test_gradients_scaled_in_place_stay_apart():
     w, g = [torch.ones(4), torch.ones(4)], [torch.ones(4), torch.ones(4)]
     group = scaling(w, g)

@@ -30,4 +30,4 @@ def test_every_process_raises_and_says_what_it_knows(results):
             assert re.search(r"the gradient of '0.0' \(inf\) is not finite", here)
         else:
             assert "the gradient of '0.1' (inf) is not finite" in here
-            assert "a length in another process is not finite" in there
+            assert "a norm in another process is not finite" in there

@@ -151,9 +151,7 @@ class Group:
         self._table: Any = None  # the statistics of the last step
         self._full_stats = False
         self._gradients: list[Array] | None = list(layers.gradients)
-        self._bound = (
-            self._gradients
-        )  # what the kernel reads: these, or unscaled copies
+        self._bound = self._gradients  # what the kernel reads: or unscaled copies
         self._unscaled: tuple[Array, list[Array]] | None = None
         self._torch = _torch_of(layers)
         self._threads, self._new_table = _environment(self._torch, len(self.weights))
@@ -250,16 +248,14 @@ class Group:
     ) -> None:
         """Move every layer along the gradients that were bound last, once."""
         self._full_stats = full_stats
-        if not apply_if:
-            run = self._kernel.measure
-            self._table = self._run(run, lr, config, norms, grad_scale)
-            self._table[:, _UPDATE_NORM] = 0.0
-            self._drop_gradients()
-            return
-        how = full_stats, self._carries
-        run = self._kernel.step
+        moves = bool(apply_if)
+        run = self._kernel.step if moves else self._kernel.measure
+        how = (full_stats, self._carries) if moves else ()
         self._table = self._run(run, lr, config, norms, grad_scale, *how)
         self._drop_gradients()
+        if not moves:
+            self._table[:, _UPDATE_NORM] = 0.0
+            return
         self._mark_written()
         self.weights, self.buffers = self._results, self._new_buffers
         if self._carries:
