@@ -82,11 +82,11 @@ def test_a_dtype_that_safetensors_lacks_is_refused_by_name(tmp_path):
     ],
     ids=["last byte", "header", "empty", "foreign"],
 )
-def test_a_torn_or_foreign_file_is_one_clear_error(tmp_path, spoil):
+def test_a_truncated_or_foreign_file_is_one_clear_error(tmp_path, spoil):
     file = tmp_path / "state"
     files.save({"x": np.ones(3)}, file)
     file.write_bytes(spoil(file.read_bytes()))
-    with pytest.raises(ValueError, match=r"state is torn, or no safetensors file"):
+    with pytest.raises(ValueError, match=r"state is truncated or corrupt, or no"):
         files.load(file)
 
 
@@ -295,11 +295,11 @@ def test_no_bit_of_a_file_can_flip_unseen(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda data: data[:-1], "torn"),
-        (lambda data: data[:300], "torn"),
-        (lambda data: data + b"0", "torn"),
-        (lambda _: b"", "torn"),
-        (lambda _: b"\x80\x04K\x01.", "torn"),
+        (lambda data: data[:-1], "corrupt"),
+        (lambda data: data[:300], "corrupt"),
+        (lambda data: data + b"0", "corrupt"),
+        (lambda _: b"", "corrupt"),
+        (lambda _: b"\x80\x04K\x01.", "corrupt"),
         (lambda data: data[:-1] + b"\7", "damaged after it was written: take another"),
         (lambda data: data.replace(b": 7,", b": 8,"), "was damaged after"),
         (lambda data: data.replace(b'"larskit"', b'"torches"'), "not the state of an"),

@@ -92,7 +92,7 @@ def dtype_name(x: Array) -> str:
 
 @cache
 def _numpy_name(dtype: np.dtype) -> str:
-    return dtype.name  # NumPy spells it anew each time, which takes microseconds
+    return dtype.name  # NumPy builds the string at each access, in microseconds
 
 
 def check_floating(x: Array, what: str) -> None:
@@ -148,7 +148,7 @@ def cast(x: Array, name: str) -> Array:
 
 
 def flat(x: Array) -> Array:
-    """Return the elements of `x` in one axis, in the order in which they lie in memory.
+    """Return the elements of `x` in one axis, in the order of their addresses.
 
     Where the framework hides that, in the order of the indices.
     """
@@ -163,7 +163,7 @@ def flat(x: Array) -> Array:
 
 
 def norm_dtype(x: Array) -> str:
-    """Name the dtype that lengths are summed in: float64 wherever there is one."""
+    """Name the dtype that norms accumulate in: float64 if the framework has it."""
     name = framework(x)
     if name == "jax" and not sys.modules["jax"].config.jax_enable_x64:
         return "float32"
@@ -184,14 +184,14 @@ def scalar(value: Scalar, like: Array) -> Scalar:
 
 
 def compiles(x: Array) -> bool:
-    """Whether a compiler orders the arithmetic on `x`, whatever order is written."""
+    """Whether a compiler may reorder the arithmetic on `x`."""
     return framework(x) in ("jax", *_SHIMS)
 
 
 def scaled_by_one(x: Array) -> Array:
     """Return `x`, in JAX times a one that XLA cannot take out.
 
-    XLA's CPU backend does not vectorise a subtraction that stands alone where the last
+    XLA's CPU backend does not vectorise a subtraction on its own where the last
     axes are short, as those of convolutions: it takes four times as long.
     """
     if framework(x) != "jax":

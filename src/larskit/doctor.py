@@ -55,7 +55,7 @@ def _required() -> Iterator[Row]:
 
 
 def _others() -> Iterator[Row]:
-    """Yield the other frameworks that are there, whatever distribution brought them."""
+    """Yield the other installed frameworks, under any distribution name."""
     distributions = metadata.packages_distributions()
     for name in _FRAMEWORKS:
         if name in distributions:

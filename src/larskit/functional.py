@@ -51,7 +51,7 @@ def lars_update(
     ----------
     w : array, or any nesting of containers
         Weights. Arrays of NumPy, CuPy, PyTorch, JAX, TensorFlow, Paddle, ivy or of the
-        array API, of any shape, floating or (but for TensorFlow and Paddle) complex.
+        array API, of any shape, floating or complex (not in TensorFlow and Paddle).
         Dictionaries and other mappings, lists, tuples, named tuples, dataclasses and
         `Container` nest; None stays None, and so does a dataclass's field whose
         metadata say ``static=True``.
@@ -68,7 +68,7 @@ def lars_update(
     out : like `w`, optional
         Receives the result, of the weights' shapes and dtypes; may be `w` itself or
         overlap it. JAX arrays and TensorFlow's constants cannot be written, unless a
-        wrapper (`Array`, ``ivy.Array``) can take up new ones.
+        wrapper (`Array`, ``ivy.Array``) can hold a new one.
 
     Returns
     -------
@@ -88,7 +88,7 @@ def lars_update(
 
     With ``decay_lambda=0`` this equals ``ivy.lars_update`` 1.0.0.5, except that there a
     layer of zeros stays at zero and 1e-12 is added to ``|dcdw|``. With a decay L ivy
-    computes ``w - (lr/L) * g/|g|``: the length of the weights drops out and nothing is
+    computes ``w - (lr/L) * g/|g|``: the weight norm cancels and nothing is
     decayed. Here the decay is the one of the LARS paper.
 
     Examples
@@ -215,7 +215,7 @@ def update(
 
     Pure: nothing is written, and all of it can be traced (``jax.jit``,
     ``jax.lax.scan``, ``tf.function``) and differentiated. In PyTorch and Paddle call
-    it under ``no_grad()`` where it shall not be.
+    it under ``no_grad()`` if it should not be.
 
     Parameters
     ----------

@@ -207,7 +207,7 @@ BAD = {
     ),
     "stray file": (
         changed_folder(lambda p: (p / "labels.txt").write_text("")),
-        "labels.txt lies beside the class folders",
+        "labels.txt is beside the class folders",
     ),
     "torn image": (
         changed_folder(lambda p: torn(p / "dog" / "3.png")),

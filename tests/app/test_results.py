@@ -31,21 +31,24 @@ def test_what_is_saved_is_loaded(tmp_path):
     ("text", "message"),
     [
         (None, "cannot be read: No such file"),
-        ("", "torn, or no result of larskit study"),
-        ('{"format": "larskit.study/1", "cells": [', "torn, or no"),
-        ('{"cells": []}', "torn, or no"),
-        ("[1, 2]", "torn, or no"),
-        ('{"format": "larskit.study/2", "cells": []}', "torn, or no"),
-        ('{"format": "larskit.study/1", "cells": [{"a": 1}]}', "torn, or no"),
+        ("", "corrupt, or no result of larskit study"),
+        ('{"format": "larskit.study/1", "cells": [', "corrupt, or no"),
+        ('{"cells": []}', "corrupt, or no"),
+        ("[1, 2]", "corrupt, or no"),
+        ('{"format": "larskit.study/2", "cells": []}', "corrupt, or no"),
+        ('{"format": "larskit.study/1", "cells": [{"a": 1}]}', "corrupt, or no"),
         (
             '{"format": "larskit.study/1", "cells": [{"settings": {"lr": -1}}]}',
-            "torn, or no",
+            "corrupt, or no",
         ),
-        ('{"format": "larskit.study/1", "cells": [{"settings": {}}]}', "torn, or no"),
-        ("\xff", "torn, or no"),
+        (
+            '{"format": "larskit.study/1", "cells": [{"settings": {}}]}',
+            "corrupt, or no",
+        ),
+        ("\xff", "corrupt, or no"),
     ],
 )
-def test_a_torn_or_foreign_file_is_refused(tmp_path, text, message):
+def test_a_truncated_or_foreign_file_is_refused(tmp_path, text, message):
     path = tmp_path / "results.json"
     if text is not None:
         path.write_bytes(text.encode("latin-1"))

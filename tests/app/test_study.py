@@ -175,7 +175,7 @@ def test_bad_input_leaves_no_folder(few, tmp_path, given, batch_size, message):
 
 def test_a_foreign_results_file_is_not_overwritten(cells, tmp_path):
     (tmp_path / "results.json").write_text("my results")
-    with pytest.raises(InputError, match="torn, or no result of larskit study"):
+    with pytest.raises(InputError, match="corrupt, or no result of larskit study"):
         study.study(cells, str(tmp_path), jobs=1)
     assert (tmp_path / "results.json").read_text() == "my results"
 

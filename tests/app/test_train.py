@@ -179,7 +179,7 @@ def replaced(**changes):
 
 
 SPOILT = {
-    "torn": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
     "empty": lambda path: path.write_bytes(b""),
     "flipped": flipped,
     "text": lambda path: path.write_text("not a checkpoint"),
@@ -196,10 +196,12 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
-def test_a_torn_or_foreign_checkpoint_is_refused(copy, spoil):
+def test_a_truncated_or_foreign_checkpoint_is_refused(copy, spoil):
     spoil(copy / "checkpoint.pt")
     before = contents(copy)
-    with pytest.raises(InputError, match="torn, or no checkpoint of larskit train"):
+    with pytest.raises(
+        InputError, match="truncated or corrupt, or no checkpoint of larskit train"
+    ):
         train({}, str(copy), resume=True, console=silent())
     assert contents(copy) == before
 

@@ -295,8 +295,8 @@ def test_register_implicit_nodes_takes_all_forms():
 @pytest.mark.parametrize(
     ("given", "named", "error", "message"),
     [
-        ([Variable(1.0), 3], {}, TypeError, "one of what shall be registered is a int"),
-        ([{"x": jnp.ones(1)}], {}, TypeError, "x of what shall be registered is a "),
+        ([Variable(1.0), 3], {}, TypeError, "an item to register is a int"),
+        ([{"x": jnp.ones(1)}], {}, TypeError, "x to register is a "),
         ([], {"taken": Variable(2.0)}, ValueError, "'taken' is the name of more than"),
         ([Variable(1.0)], {"var_cls": TrainVar}, TypeError, "expected .*TrainVar"),
     ],

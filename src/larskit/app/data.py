@@ -136,7 +136,7 @@ def _folder(path: Path, size: int) -> Data:
     for stray in folders:
         if not stray.is_dir():
             raise InputError(
-                f"{stray} lies beside the class folders: put it into one of them"
+                f"{stray} is beside the class folders: move it into one of them"
             )
     if not folders:
         raise InputError(f"--data {path} holds no class folder")
@@ -170,7 +170,7 @@ def _image(file: Path, size: int) -> Any:
     try:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened)
-    except Exception as why:  # a torn file can make anything of its reader
+    except Exception as why:  # a corrupt file can raise anything in its reader
         raise InputError(f"{file} cannot be read as an image: {_line(why)}") from why
     if image.mode.startswith(("I", "F")):
         raise InputError(

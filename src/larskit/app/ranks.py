@@ -164,7 +164,7 @@ class Ranks:
             return _sharded(model, self.size)
         if self.size == 1:
             return model, nullcontext
-        # which minds the stride of an axis of length 1, as kernels of grey images have
+        # it warns about the stride of an axis of size 1, as in kernels for grey images
         warnings.filterwarnings("ignore", "Grad strides do not match")
         copied = DistributedDataParallel(model)
         return copied, copied.no_sync

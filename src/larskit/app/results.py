@@ -19,7 +19,7 @@ Cell = dict[str, Any]
 
 
 class Point(NamedTuple):
-    """Test accuracies of equal trainings but for the seed: mean, least and greatest."""
+    """Mean, least and greatest test accuracy of trainings that differ in the seed."""
 
     lr: float
     mean: float
@@ -49,7 +49,7 @@ def load(path: Path) -> list[Cell]:
     Raises
     ------
     InputError
-        The file is missing, torn or of another kind.
+        The file is missing, truncated, corrupt or of another kind.
     """
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -62,7 +62,9 @@ def load(path: Path) -> list[Cell]:
     except OSError as why:
         raise InputError(f"{path} cannot be read: {why.strerror}") from why
     except (ValueError, TypeError, KeyError, InputError) as why:
-        raise InputError(f"{path} is torn, or no result of larskit study") from why
+        raise InputError(
+            f"{path} is truncated or corrupt, or no result of larskit study"
+        ) from why
     return found["cells"]
 
 

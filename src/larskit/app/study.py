@@ -43,7 +43,7 @@ def grid(
     ----------
     given : dict
         Arguments of `Settings` that all share; what means nothing to an optimizer is
-        left out for it.
+        omitted for it.
     models, optimizers : sequence of str
         As in `Settings`.
     batch_sizes : sequence of int
@@ -144,10 +144,10 @@ def study(
         with _display(len(wanted), len(missing), console) as show:
             code = _run(missing, data, min(jobs, len(missing)), keep, show)
     if code:
-        why = "A process died, perhaps for want of memory. " if code == 1 else ""
+        why = "A process died, perhaps out of memory. " if code == 1 else ""
         console.print(
             f"{why}{sum(key in known for key in wanted)} of {len(wanted)} trainings "
-            f"are in {path}; the same command goes on from there.",
+            f"are in {path}; the same command resumes there.",
             soft_wrap=True,
         )
         return code

@@ -182,7 +182,7 @@ def _stored(folder: Path, given: dict[str, Any], ranks: Ranks) -> dict[str, Any]
         if getattr(asked, name) != getattr(stored, name):
             raise InputError(
                 f"--{name.replace('_', '-')} {given[name]} is not what {folder} was "
-                f"begun with, {getattr(stored, name)}: leave it out, or begin anew"
+                f"begun with, {getattr(stored, name)}: omit it, or choose another --out"
             )
     return state
 
@@ -199,8 +199,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _not_ours(path: Path) -> InputError:
     return InputError(
-        f"--resume: {path} is torn, or no checkpoint of larskit train: begin anew with "
-        "--overwrite"
+        f"--resume: {path} is truncated or corrupt, or no checkpoint of larskit train: "
+        "start again with --overwrite"
     )
 
 

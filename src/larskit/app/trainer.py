@@ -27,11 +27,11 @@ class Trainer:
 
     Every epoch takes the images in a new order, in batches of `Settings.batch_size`;
     what is left over waits for the next epoch. Before it is tested, the statistics of
-    batch norm are measured anew.
+    batch norm are measured again.
 
     Of several processes each computes a share of every batch, and normalises it by
     itself: N of them do what one does that accumulates N times as many parts. All of
-    them must call each method alike, but for `measured`.
+    them must call the same methods in the same order, `measured` excepted.
 
     Parameters
     ----------

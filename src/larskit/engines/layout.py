@@ -1,4 +1,4 @@
-"""How arrays lie in memory: what a kernel that is given addresses must know of them."""
+"""The memory layout of arrays, as a kernel that is given addresses needs it."""
 
 import sys
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def check(
 def reason(x: Any, w: Any, device: str = "cpu") -> str | None:
     """Say why a kernel cannot read an array by its address beside the weights `w`.
 
-    It must lie densely, its elements in the order in which those of the weights lie.
+    It must be dense, and its strides must order the elements as the weights' do.
     """
     if framework(x) != framework(w):
         return f"is a {type(x).__name__}, its weight a {type(w).__name__}"
@@ -69,7 +69,7 @@ def reason(x: Any, w: Any, device: str = "cpu") -> str | None:
         return None
     if (order := _order(x)) is None:
         return "is not contiguous"
-    return None if order == _order(w) else "lies in memory otherwise than its weight"
+    return None if order == _order(w) else "has other strides than its weight"
 
 
 def new_buffers(
@@ -83,14 +83,14 @@ def new_buffers(
 
 
 def empty_like(x: Any) -> Any:
-    """Return an array for results, which lies in memory as `x` does."""
+    """Return an array for results, with the strides of `x`."""
     if isinstance(x, np.ndarray):
         return np.empty_like(x, subok=False)
     return namespace(x).empty_like(x)
 
 
 def address(x: Any) -> int:
-    """Return where the first element of an array lies; 0 for None."""
+    """Return the address of the first element of an array; 0 for None."""
     if x is None:
         return 0
     if isinstance(x, np.ndarray):

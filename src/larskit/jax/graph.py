@@ -91,7 +91,7 @@ class Node:
         Raises
         ------
         ValueError
-            Another living node bears the name, or it is no identifier.
+            The name is that of another living node, or no identifier.
         """
         if name is None:
             kind = type_ or type(self).__name__
@@ -165,7 +165,7 @@ class Node:
             Which nodes, and how they are keyed, see `nodes`. A variable's key is its
             node's, a dot, and its own name.
         exclude_types : tuple of type, optional
-            Variables of these classes are left out.
+            Variables of these classes are omitted.
 
         Returns
         -------
@@ -283,7 +283,7 @@ class Node:
         -------
         StateLoadResult
             The names of the variables that `state_dict` did not hold, which keep their
-            values, and those that it held in vain.
+            values, and the names in it that no variable has.
 
         Raises
         ------
@@ -338,8 +338,8 @@ class Node:
         Raises
         ------
         ValueError, TypeError
-            The file is torn or of another kind, misses a variable, holds one that is
-            unknown, or one of another shape or dtype. Nothing is set then.
+            The file is truncated, corrupt or of another kind, misses a variable, holds
+            one that is unknown, or one of another shape or dtype. Nothing is set then.
         OSError
             It cannot be read.
         """
@@ -443,7 +443,7 @@ def _variables(node: AnyNode) -> dict[str, AnyVariable]:
 
 
 def _unique(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
-    """Make a dictionary, but refuse a key that stands for two things."""
+    """Make a dictionary, but refuse a key of two things."""
     found: dict[str, T] = {}
     for key, x in pairs:
         if found.setdefault(key, x) is not x:
@@ -467,7 +467,7 @@ def _pairs(
     for key, x in pairs:
         if not isinstance(x, types):
             raise TypeError(
-                f"{key or 'one'} of what shall be registered is a {type(x).__name__}, "
+                f"{key or 'an item'} to register is a {type(x).__name__}, "
                 f"expected {types}"
             )
     return pairs

@@ -1,4 +1,4 @@
-"""LARS as an object that changes variables in place: `brainpy.optim.LARS`, anew."""
+"""LARS as an object that changes variables in place: `brainpy.optim.LARS`."""
 
 import warnings
 from collections.abc import Mapping
@@ -188,7 +188,7 @@ class LARS(Node):
 
         A scheduler is returned as it is; of the others, ``lr(i)`` is the rate after `i`
         updates. It may be set to all that the class takes; a float is a constant of a
-        compiled function, so that another makes JAX compile anew.
+        compiled function, so that another makes JAX compile again.
         """
         lr = self.__dict__["lr"]
         return lr if hasattr(lr, "step_call") else self._rate

@@ -84,7 +84,7 @@ class Variable:
         return self._value.dtype
 
     def __jax_array__(self) -> Array:
-        """Stand for the array in the functions of `jax.numpy`."""
+        """Return the array, for the functions of `jax.numpy`."""
         return self._value
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:

@@ -49,7 +49,7 @@ class LARS(keras.optimizers.Optimizer):
     """Layer-wise adaptive rate scaling.
 
     A layer is one variable. It moves by ``learning_rate * trust_coefficient * |w|``,
-    whatever the size of its gradient; see `larskit.rule` for the formula.
+    independent of the gradient's magnitude; see `larskit.rule` for the formula.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ class LARS(keras.optimizers.Optimizer):
     Hyper-parameters are attributes and may be set between steps, `adapt` and `decay`
     until the optimizer is built; what Keras has compiled does not see it.
 
-    Sparse gradients are made dense, since the length of a layer needs all of it. The
+    Sparse gradients are made dense, since the norm of a layer needs all of it. The
     first step, which dampening leaves out, is the optimizer's, not the variable's.
 
     To load a model that was saved with this optimizer, import `larskit.keras` first.
@@ -185,7 +185,7 @@ class LARS(keras.optimizers.Optimizer):
         self._excluded_adapt = self._exclusion(var_list, var_names)
 
     def _exclusion(self, var_list: VarList, var_names: VarNames) -> Sequence[str]:
-        """Return the regular expressions of the paths of what shall be excluded."""
+        """Return the regular expressions of the excluded paths."""
         if self.built:
             raise ValueError(
                 f"{self.name!r} is built already: exclude variables before its first "
@@ -435,7 +435,7 @@ class LARS(keras.optimizers.Optimizer):
         ----------
         state, names, convert
             See `larskit.state.load_optimizer`. A learning rate that is no schedule
-            becomes the saved one. The averages of ``use_ema`` start anew from the
+            becomes the saved one. The averages of ``use_ema`` start again from the
             present weights.
 
         Raises
@@ -448,7 +448,7 @@ class LARS(keras.optimizers.Optimizer):
 
 
 def _end_alike(paths: list[str], others: list[str]) -> bool:
-    """Whether the paths are the others, but for what either has in front."""
+    """Whether the paths are the others, except for prefixes."""
     pairs = zip((f"/{x}" for x in paths), (f"/{x}" for x in others), strict=False)
     alike = (a.endswith(b) or b.endswith(a) for a, b in pairs)
     return len(paths) == len(others) and all(alike)

@@ -66,11 +66,11 @@ def shard(x: DTensor, layer: DTensor) -> Tensor:
     Raises
     ------
     ValueError
-        If `x` lies on another mesh.
+        If `x` is on another mesh.
     """
     if x.device_mesh != layer.device_mesh:
         raise ValueError(
-            f"a gradient of the shape {tuple(x.shape)} lies on {x.device_mesh}, but "
+            f"a gradient of the shape {tuple(x.shape)} is on {x.device_mesh}, but "
             f"its parameter on {layer.device_mesh}: distribute both over one mesh"
         )
     if x.placements != layer.placements:

@@ -1,7 +1,7 @@
 """Files that appear whole or not at all, and named arrays in them (safetensors).
 
 A file is written beside its destination, flushed to the disk and moved into place in
-one step, so that whatever interrupts the writing leaves the old file as it was.
+one step, so that an interrupted write leaves the old file as it was.
 """
 
 import os
@@ -42,7 +42,7 @@ def atomic(filename: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[An
     Parameters
     ----------
     filename : path
-        Where the file shall be; an older one is replaced, through a symbolic link too.
+        Where to write the file; an older one is replaced, through a symbolic link too.
         Its folder must exist.
     mode : {"wb", "w"}
         Bytes (default) or text in UTF-8.
@@ -87,7 +87,7 @@ def save(tensors: Mapping[str, ArrayLike], filename: str | os.PathLike[str]) -> 
     Parameters
     ----------
     tensors : mapping of str to array
-        Whatever `numpy.asarray` takes, of any shape; the dtypes of safetensors, among
+        All that `numpy.asarray` accepts, of any shape; the dtypes of safetensors, among
         them bfloat16 (that of ml_dtypes) but not complex128.
     filename : path
         See `atomic`.
@@ -136,7 +136,7 @@ def load(filename: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises
     ------
     ValueError
-        The file is torn or of another kind.
+        The file is truncated, corrupt or of another kind.
     OSError
         It cannot be read.
     """
@@ -151,8 +151,8 @@ def deserialize(data: bytes, filename: str | os.PathLike[str]) -> dict[str, np.n
         return {name: _array(**view) for name, view in views}
     except (safetensors.SafetensorError, KeyError) as why:
         raise ValueError(
-            f"{filename} is torn, or no safetensors file of arrays ({why}): write it "
-            "again, or name another file"
+            f"{filename} is truncated or corrupt, or no safetensors file of arrays "
+            f"({why}): write it again, or name another file"
         ) from why
 
 

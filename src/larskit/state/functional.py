@@ -74,7 +74,7 @@ def from_portable(
     decay: Selection = None,
     **hyperparameters: Scalar,
 ) -> State:
-    """Return the state with which `update` goes on where any optimizer stopped.
+    """Return the state with which `update` resumes where any optimizer stopped.
 
     Parameters
     ----------

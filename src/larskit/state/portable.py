@@ -44,7 +44,7 @@ class PortableState:
     momentum : mapping of str to numpy.ndarray
         The momentum buffers. A layer that has not stepped yet may be absent.
     master : mapping of str to numpy.ndarray, optional
-        The wide copies of narrow weights, where there are any.
+        The float32 copies of low-precision weights, where there are any.
 
     Raises
     ------
@@ -115,7 +115,7 @@ class PortableState:
         names, convert
             See `load_optimizer`.
         masters : collection of str
-            The layers that can take a wide copy of their weights.
+            The layers that can have a float32 copy of their weights.
 
         Raises
         ------
@@ -329,7 +329,7 @@ def load_optimizer(
     step: int | None = None,
     convert: bool = False,
 ) -> PortableState:
-    """Set an optimizer to the state in a file, from whatever framework.
+    """Set an optimizer to the state in a file, written from any framework.
 
     Parameters
     ----------
@@ -430,7 +430,7 @@ def read_state(filename: str | os.PathLike[str]) -> PortableState:
         raise ValueError(f"{filename} cannot be used: {why}") from why
     except (AttributeError, KeyError, TypeError) as why:
         raise ValueError(
-            f"{filename} breaks the rules of its format ({why!r}): write it anew, see "
+            f"{filename} breaks the rules of its format ({why!r}): write it again, see "
             "docs/checkpoints.md"
         ) from why
 
@@ -524,7 +524,7 @@ def _check_alike(what: str, x: np.ndarray, w: Array) -> None:
     if x.shape != tuple(w.shape):
         raise ValueError(
             f"{what} has the shape {x.shape}, expected {tuple(w.shape)}: nothing is "
-            "transposed, the layers must be laid out alike"
+            "transposed, the layers must have the same layout"
         )
     if ("complex" in x.dtype.name) != ("complex" in str(w.dtype)):
         raise ValueError(
