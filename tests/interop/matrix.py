@@ -24,18 +24,19 @@ BOUND = 1e-5
 LIMIT = 300  # seconds, of one program
 VARIABLES = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
 
-HEAD = """# One rule, many clients
+HEAD = """# One fit in every integration
 
-Each client takes ten steps of one fit on a CPU in float32, with its own network,
-gradients and training loop where it has them: two dense layers and the mean squared
-error (Transformers: a small Llama). The difference is that of its weights to those of
-`larskit.functional` on NumPy in float64, from gradients written out by hand
-(Transformers: its own): the largest of any step, as a part of the distance that the
-layer moves. An optimizer that stands still would be off by 1; {bound:g} is allowed.
-The time is that of the process, imports included, beside others. `make matrix` makes
-this page.
+Each row takes ten steps of one fit on a CPU in float32, with the network, gradients and
+training loop of the framework where it has them. The model is two dense layers with the
+mean squared error (Transformers: a small Llama).
 
-| client | version | what ran | largest difference | time |
+The difference compares the weights with those of `larskit.functional` on NumPy in
+float64, whose gradients are written out by hand (Transformers: its own gradients). It
+is the largest of any step, relative to the distance that the layer moves: an optimizer
+that does nothing would differ by 1, and {bound:g} is allowed. The time is that of the
+process, imports included, while others run. `make matrix` writes this page.
+
+| integration | version | what ran | largest difference | time |
 |---|---|---|---|---|
 """
 
