@@ -1,4 +1,4 @@
-"""``python -m larskit``: the same as the command ``larskit``."""
+"""``python -m larskit`` runs the command ``larskit``."""
 
 from larskit.cli import main
 

@@ -1,16 +1,22 @@
-"""The command ``larskit``: train a classifier, study optimizers, look for faults."""
+"""Train an image classifier, compare optimizers, or show the available engines."""
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeAlias, get_args, get_origin
 
 from larskit.cores import usable_cores
 
-_EXTRA = ("matplotlib", "PIL", "rich", "sklearn", "torch")
+# The values of the options of a command, by name.
+Arguments = dict[str, Any]
+Command = Callable[[Arguments], int]
+Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+
+# The packages of the extra ``app``.
+_APP_PACKAGES = ("matplotlib", "PIL", "rich", "sklearn", "torch")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,36 +25,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments : sequence of str, optional
-        Those of the process where None.
+        The command-line arguments; by default those of the process.
 
     Returns
     -------
     int
-        The exit code: 0 done; 1 the training diverged, or the system failed; 2 the
-        input cannot be used, and one sentence on stderr says why; 130 and 143 stopped
-        by Ctrl-C or SIGTERM.
+        The exit code: 0 for success; 1 if the training diverged or the operating system
+        reported an error; 2 for invalid input, with the reason on stderr; 130 or 143 if
+        SIGINT or SIGTERM stopped the command.
     """
     try:
-        if not _launched():
+        if not _under_torchrun():
             return _run(arguments)
-        from larskit.app.ranks import joined
+        from larskit.app.ranks import process_group
 
-        with joined():
+        with process_group():
             return _run(arguments)
-    except ModuleNotFoundError as why:
-        package = (why.name or "").partition(".")[0]
-        if package not in _EXTRA:
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _APP_PACKAGES:
             raise
-        needed = f"{package} is needed, but not installed"
-        return _complain(f"{needed}: pip install 'larskit[app]'", 2)
-    except OSError as why:
-        return _complain(str(why), 1)
+        reason = f"{package} is needed, but not installed"
+        return _fail(f"{reason}: pip install 'larskit[app]'", 2)
+    except OSError as error:
+        return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _complain("stopped", 130)
+        return _fail("stopped", 130)
 
 
-def _launched() -> bool:
-    """Whether torchrun has started this process, and others beside it."""
+def _under_torchrun() -> bool:
+    """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
@@ -58,14 +64,18 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         args = vars(_parser().parse_args(arguments))
         return args.pop("run")(args)
-    except InputError as why:
-        return _complain(str(why), 2)
+    except InputError as error:
+        return _fail(str(error), 2)
 
 
-def _complain(sentence: str, code: int) -> int:
-    """Print a sentence; what all processes have in common, the first one alone."""
-    if code == 1 or not _launched() or os.environ["RANK"] == "0":
-        print(f"larskit: {sentence}", file=sys.stderr)
+def _fail(message: str, code: int) -> int:
+    """Print an error message and return the exit code.
+
+    Errors of code 1 can differ between processes. All others occur on every process,
+    and only rank 0 prints them.
+    """
+    if code == 1 or not _under_torchrun() or os.environ["RANK"] == "0":
+        print(f"larskit: {message}", file=sys.stderr)
     return code
 
 
@@ -81,11 +91,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_study(commands)
-    _command(commands, "doctor", "Print what this installation can do.", _doctor)
+    _command(
+        commands,
+        "doctor",
+        "Show the available engines, and why others are not.",
+        _doctor,
+    )
     return parser
 
 
-def _command(commands: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
+def _command(
+    commands: Commands, name: str, text: str, run: Command
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=text,
@@ -96,45 +113,45 @@ def _command(commands: Any, name: str, text: str, run: Any) -> argparse.Argument
     return parser
 
 
-def _add_train(commands: Any) -> None:
+def _add_train(commands: Commands) -> None:
     text = (
-        "Train a classifier of images, in one process or in several: "
+        "Train an image classifier. For N processes, run "
         "torchrun --nproc-per-node N -m larskit train ..."
     )
     parser = _command(commands, "train", text, _train)
     _add_settings(parser)
     parser.add_argument("--out", **_out("runs/train"))
-    there = parser.add_mutually_exclusive_group()
-    there.add_argument(
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the training in --out, with its settings",
+        help="continue the training run in --out, with its settings",
     )
-    there.add_argument(
-        "--overwrite", action="store_true", help="replace the training in --out"
+    existing.add_argument(
+        "--overwrite", action="store_true", help="replace the training run in --out"
     )
     parser.add_argument(
         "--shard",
         choices=("fsdp2",),
-        help="spread weights, gradients and momentum over the processes of torchrun "
-        "(default: each holds all of them, DDP)",
+        help="shard weights, gradients and optimizer state over the processes of "
+        "torchrun (default: replicate them with DDP)",
     )
     parser.add_argument(
         "--best-of",
         metavar="RESULTS",
-        help="results.json of a study: take its best settings where none are given",
+        help="results.json of a study: use its best settings for options not given",
     )
 
 
-def _add_study(commands: Any) -> None:
+def _add_study(commands: Commands) -> None:
     from larskit.app.settings import RECIPES, Model, Optimizer, Settings
 
-    text = "Compare optimizers over batch sizes, learning rates and seeds."
+    text = "Compare optimizers across batch sizes, learning rates and seeds."
     parser = _command(commands, "study", text, _study)
     _add_settings(parser, without=("model", "optimizer", "batch_size", "lr"))
 
-    def several(flag: str, default: list[Any], help: str, **how: Any) -> None:
-        parser.add_argument(flag, nargs="+", default=default, help=help, **how)
+    def several(flag: str, default: list[Any], help: str, **options: Any) -> None:
+        parser.add_argument(flag, nargs="+", default=default, help=help, **options)
 
     several("--models", [Settings.model], "default: convnet", choices=get_args(Model))
     several(
@@ -144,24 +161,26 @@ def _add_study(commands: Any) -> None:
         choices=get_args(Optimizer),
     )
     several("--batch-sizes", [64, 256], "default: 64 256", type=int, metavar="N")
-    own = " ".join(f"{name}={_list(recipe.lrs)}" for name, recipe in RECIPES.items())
+    default_rates = " ".join(
+        f"{name}={_list(recipe.lrs)}" for name, recipe in RECIPES.items()
+    )
     several(
         "--lrs",
         [],
-        f"learning rates (default: {own})",
-        type=_rates,
+        f"learning rates (default: {default_rates})",
+        type=_optimizer_rates,
         metavar="OPTIMIZER=LR,LR,...",
     )
-    counts = {"type": _count, "metavar": "N"}
+    count: dict[str, Any] = {"type": _positive_integer, "metavar": "N"}
     add = parser.add_argument
-    add("--seeds", default=3, help="trainings of a kind (default: 3)", **counts)
-    jobs = usable_cores()
-    add("--jobs", default=jobs, help="at a time (default: the cores)", **counts)
+    add("--seeds", default=3, help="seeds per combination (default: 3)", **count)
+    text = "parallel training processes (default: one per core)"
+    add("--jobs", default=usable_cores(), help=text, **count)
     add("--out", **_out("runs/study"))
 
 
 def _out(default: str) -> dict[str, Any]:
-    text = "folder for the result (default: %(default)s)"
+    text = "output folder (default: %(default)s)"
     return {"default": default, "metavar": "DIR", "help": text}
 
 
@@ -179,34 +198,35 @@ def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
             f"--{field.name.replace('_', '-')}",
             default=argparse.SUPPRESS,
             help=text,
-            **_kind(field.type),
+            **_type_options(field.type),
         )
 
 
-def _kind(annotation: Any) -> dict[str, Any]:
-    """Say to argparse what a field of `Settings` takes."""
+def _type_options(annotation: Any) -> dict[str, Any]:
+    """Return the argparse options that describe the type of a field of `Settings`."""
     if get_origin(annotation) is Literal:
         return {"choices": get_args(annotation)}
-    kind = next(iter(get_args(annotation)), annotation)
-    return {"type": kind, "metavar": kind.__name__.upper()}
+    # The type of an optional field is its first alternative: ``int | None``.
+    parse = next(iter(get_args(annotation)), annotation)
+    return {"type": parse, "metavar": parse.__name__.upper()}
 
 
-def _count(text: str) -> int:
+def _positive_integer(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(
-            f"must be a whole number of at least 1, got {text}"
+            f"must be an integer of at least 1, got {text}"
         )
     return int(text)
 
 
-def _rates(text: str) -> tuple[str, list[float]]:
+def _optimizer_rates(text: str) -> tuple[str, list[float]]:
     """Parse ``sgd=0.1,0.2``."""
     optimizer, _, rates = text.partition("=")
     try:
         return optimizer, [float(rate) for rate in rates.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"must be like sgd=0.1,0.2, got {text}"
+            f"must have the form sgd=0.1,0.2, got {text}"
         ) from None
 
 
@@ -214,27 +234,27 @@ def _list(numbers: Sequence[float]) -> str:
     return ",".join(f"{x:g}" for x in numbers)
 
 
-def _train(args: dict[str, Any]) -> int:
+def _train(args: Arguments) -> int:
     from larskit.app.results import best
     from larskit.app.train import train
 
     names = ("out", "resume", "overwrite", "shard")
-    flags = {name: args.pop(name) for name in names}
+    options = {name: args.pop(name) for name in names}
     if results := args.pop("best_of", None):
         args = best(Path(results), args)
-    return train(args, **flags)
+    return train(args, **options)
 
 
-def _study(args: dict[str, Any]) -> int:
+def _study(args: Arguments) -> int:
     from larskit.app.study import grid, study
 
-    flags = {name: args.pop(name) for name in ("out", "jobs")}
-    axes = ("models", "optimizers", "batch_sizes", "lrs", "seeds")
-    axes = {name: args.pop(name) for name in axes}
-    return study(grid(args, **axes), **flags)
+    options = {name: args.pop(name) for name in ("out", "jobs")}
+    names = ("models", "optimizers", "batch_sizes", "lrs", "seeds")
+    axes = {name: args.pop(name) for name in names}
+    return study(grid(args, **axes), **options)
 
 
-def _doctor(args: dict[str, Any]) -> int:
+def _doctor(args: Arguments) -> int:
     from larskit.doctor import report
 
     print(report())

@@ -9,10 +9,10 @@ from larskit.app import data
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    before = torch.get_num_threads()
+    previous = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(previous)
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def digits() -> data.Data:
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory, digits) -> str:
-    """Name a file with the first 100 images of three digits."""
+    """Return the path of a file with the first 100 images of three digits."""
     path: Path = tmp_path_factory.mktemp("few") / "few.npz"
     some = np.flatnonzero(digits.y < 3)[:100]
     np.savez(path, x=digits.x[some], y=digits.y[some])

@@ -11,12 +11,12 @@ from larskit.app import InputError
 from larskit.app.data import Data, read
 
 
-def test_digits_are_split_by_class(digits):
+def test_each_class_of_digits_is_split(digits):
     assert digits.x.shape == (1797, 1, 8, 8)
     assert (len(digits.train), len(digits.test)) == (1437, 360)
     assert sorted([*digits.train, *digits.test]) == list(range(1797))
-    whole, part = np.bincount(digits.y), np.bincount(digits.y[digits.test])
-    assert np.abs(part - whole / 5).max() < 1
+    total, test = np.bincount(digits.y), np.bincount(digits.y[digits.test])
+    assert np.abs(test - total / 5).max() < 1
     np.testing.assert_array_equal(read("digits").test, digits.test)
 
 
@@ -28,10 +28,10 @@ def test_training_images_are_shuffled(digits):
 def test_moments_are_those_of_the_training_images(digits):
     x = digits.x.copy()
     x[digits.test] = 1e6
-    mean, deviation = replace(digits, x=x).moments
+    mean, std = replace(digits, x=x).moments
     train = digits.x[digits.train]
     np.testing.assert_allclose(mean, [train.mean()], rtol=1e-5)
-    np.testing.assert_allclose(deviation, [train.std()], rtol=1e-5)
+    np.testing.assert_allclose(std, [train.std()], rtol=1e-5)
 
 
 def test_a_constant_channel_is_not_divided_by_zero():
@@ -39,15 +39,15 @@ def test_a_constant_channel_is_not_divided_by_zero():
     np.testing.assert_array_equal(data.moments[1], [1, 1])
 
 
-def test_the_fingerprint_tells_images_labels_and_shape_apart(digits):
+def test_the_fingerprint_depends_on_images_labels_and_shape(digits):
     x, y = digits.x.copy(), digits.y.copy()
     x[5, 0, 0, 0] += 1
     y[5] += 1
     flat = digits.x.reshape(1797, 1, 4, 16)
     others = [replace(digits, **change) for change in ({"x": x}, {"y": y}, {"x": flat})]
-    prints = {data.fingerprint for data in (digits, *others)}
-    assert len(prints) == 4
-    assert read("digits").fingerprint in prints
+    fingerprints = {data.fingerprint for data in (digits, *others)}
+    assert len(fingerprints) == 4
+    assert read("digits").fingerprint in fingerprints
 
 
 def folder(path: Path, per_class: int = 6, mode: str = "L", size=(9, 5)) -> Path:
@@ -59,7 +59,7 @@ def folder(path: Path, per_class: int = 6, mode: str = "L", size=(9, 5)) -> Path
     return path
 
 
-def test_folder_of_grey_images(tmp_path):
+def test_folder_of_grayscale_images(tmp_path):
     data = read(str(folder(tmp_path / "images")), 12)
     assert data.classes == ("cat", "dog")
     assert data.x.shape == (12, 1, 12, 12)
@@ -68,22 +68,22 @@ def test_folder_of_grey_images(tmp_path):
     np.testing.assert_array_equal(data.x[:, 0, 0, 0], 100 * data.y)
 
 
-def test_folder_of_mixed_images_becomes_colour_of_32_pixels(tmp_path):
+def test_folder_of_mixed_images_becomes_rgb_of_32_pixels(tmp_path):
     root = folder(tmp_path / "images", mode="RGB")
     Image.new("L", (40, 30), 50).save(root / "cat" / "0.png")
     Image.new("P", (40, 30)).save(root / "cat" / "1.png")
     (root / "cat" / ".hidden").write_text("not an image")
-    (root / ".DS_Store").write_text("nor this")
+    (root / ".DS_Store").write_text("not an image")
     data = read(str(root))
     assert data.x.shape == (12, 3, 32, 32)
     assert data.x[0, :, 0, 0].tolist() == [50, 50, 50]
     assert data.x[-1, :, 0, 0].tolist() == [1, 7, 9]
 
 
-def test_orientation_is_followed(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     root = folder(tmp_path / "images", size=(4, 4))
     exif = Image.Exif()
-    exif[0x0112] = 3  # turned by half
+    exif[0x0112] = 3  # rotated by 180 degrees
     image = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4))
     image.save(root / "cat" / "0.png", exif=exif)
     x = read(str(root), 4).x[0, 0]
@@ -133,13 +133,13 @@ def changed_folder(change: Callable[[Path], Any]) -> Callable[[Path], Path]:
     return make
 
 
-def torn(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
 
-def torn_npz(path: Path) -> Path:
+def truncated_npz(path: Path) -> Path:
     file = npz(path, x=X, y=Y)
-    torn(file)
+    truncate(file)
     return file
 
 
@@ -149,7 +149,7 @@ def plain_array(path: Path) -> Path:
     return path / "data.npz"
 
 
-def flipped_npz(path: Path) -> Path:
+def corrupt_npz(path: Path) -> Path:
     file = path / "data.npz"
     np.savez_compressed(file, x=np.random.default_rng(0).normal(size=(10, 9, 9)), y=Y)
     data = bytearray(file.read_bytes())
@@ -158,7 +158,7 @@ def flipped_npz(path: Path) -> Path:
     return file
 
 
-def written(name: str) -> Callable[[Path], Path]:
+def text_file(name: str) -> Callable[[Path], Path]:
     def make(path: Path) -> Path:
         (path / name).write_text("a,b")
         return path / name
@@ -171,17 +171,20 @@ NAN = np.where(np.arange(160).reshape(X.shape) == 7, np.nan, X)
 
 BAD = {
     "missing": (lambda p: p / "none", "none does not exist: pass digits"),
-    "extension": (written("data.csv"), "data.csv is neither digits, nor a folder"),
-    "not an npz": (written("data.npz"), "data.npz cannot be read as an .npz"),
-    "torn npz": (torn_npz, "data.npz cannot be read as an .npz"),
-    "flipped npz": (flipped_npz, "data.npz cannot be read as an .npz"),
+    "extension": (
+        text_file("data.csv"),
+        "data.csv has an unsupported format: pass digits",
+    ),
+    "not an npz": (text_file("data.npz"), "data.npz cannot be read as an .npz"),
+    "truncated npz": (truncated_npz, "data.npz cannot be read as an .npz"),
+    "flipped byte": (corrupt_npz, "data.npz cannot be read as an .npz"),
     "npy": (plain_array, "data.npz cannot be read as an .npz"),
     "no x": (lambda p: npz(p, y=Y), "no array 'x'"),
     "no y": (lambda p: npz(p, x=X), "no array 'y'"),
     "objects": (lambda p: npz(p, x=X, y=np.array([{}] * 10)), "cannot be read"),
     "nan": (lambda p: npz(p, x=NAN, y=Y), "1 values that are not finite"),
     "too large": (lambda p: npz(p, x=X + 1e300, y=Y), "160 values that are not finite"),
-    "lengths": (lambda p: npz(p, x=X, y=Y[1:]), "10 images in x but 9 labels in y"),
+    "label count": (lambda p: npz(p, x=X, y=Y[1:]), "10 images in x but 9 labels in y"),
     "table": (lambda p: npz(p, x=X[0], y=Y[:4]), r"shape \(4, 4\), expected"),
     "empty": (lambda p: npz(p, x=X[:0], y=Y[:0]), r"shape \(0, 1, 4, 4\), expected"),
     "text": (lambda p: npz(p, x=X.astype(str), y=Y), "dtype <U32, expected numbers"),
@@ -191,33 +194,33 @@ BAD = {
     ),
     "float labels": (lambda p: npz(p, x=X, y=Y / 1), "dtype float64, expected one"),
     "two labels": (lambda p: npz(p, x=X, y=Y[:, None]), r"shape \(10, 1\)"),
-    "one class": (lambda p: npz(p, x=X, y=0 * Y), "one class only, '0'"),
+    "one class": (lambda p: npz(p, x=X, y=0 * Y), "has only one class, '0'"),
     "rare class": (
         lambda p: npz(p, x=X, y=np.arange(10) // 6),
-        "4 images of the class '1': 5 are needed",
+        "4 images of the class '1', expected at least 5",
     ),
-    "no class folder": (lambda p: p, "holds no class folder"),
+    "no class folder": (lambda p: p, "contains no class folder"),
     "one class folder": (
         changed_folder(lambda p: (p / "dog").rename(p.parent / "dog")),
-        "one class only, 'cat'",
+        "has only one class, 'cat'",
     ),
     "empty class folder": (
         changed_folder(lambda p: (p / "cow").mkdir()),
-        "cow holds no image",
+        "cow contains no image",
     ),
-    "stray file": (
+    "file among folders": (
         changed_folder(lambda p: (p / "labels.txt").write_text("")),
-        "labels.txt is beside the class folders",
+        "labels.txt is a file among the class folders",
     ),
-    "torn image": (
-        changed_folder(lambda p: torn(p / "dog" / "3.png")),
+    "truncated image": (
+        changed_folder(lambda p: truncate(p / "dog" / "3.png")),
         r"dog/3.png cannot be read as an image",
     ),
     "no image": (
         changed_folder(lambda p: (p / "dog" / "a.png").write_text("text")),
         r"dog/a.png cannot be read as an image",
     ),
-    "folder within": (
+    "nested folder": (
         changed_folder(lambda p: (p / "dog" / "more").mkdir()),
         "dog/more cannot be read as an image",
     ),
@@ -233,7 +236,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD)
-def test_bad_data_is_refused_in_one_sentence(tmp_path, make, message):
+def test_invalid_data_is_an_error_of_one_line(tmp_path, make, message):
     with pytest.raises(InputError, match=message) as caught:
         read(str(make(tmp_path)))
     assert "\n" not in str(caught.value)

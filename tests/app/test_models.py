@@ -9,7 +9,7 @@ NAMES = ("convnet", "convnet-plain", "resnet18", "resnet50")
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("channels", "height", "width"), [(1, 8, 8), (5, 33, 20)])
-def test_any_image_gives_one_number_per_class(name, channels, height, width):
+def test_the_output_has_one_logit_per_class(name, channels, height, width):
     model = build(name, channels, 7, min(height, width))
     assert model(torch.randn(2, channels, height, width)).shape == (2, 7)
 
@@ -17,7 +17,7 @@ def test_any_image_gives_one_number_per_class(name, channels, height, width):
 @pytest.mark.parametrize(
     ("name", "count"), [("resnet18", 11_689_512), ("resnet50", 25_557_032)]
 )
-def test_resnets_have_the_published_number_of_weights(name, count):
+def test_resnets_have_the_published_number_of_parameters(name, count):
     model = build(name, 3, 1000, 224)
     assert sum(p.numel() for p in model.parameters()) == count
     assert model.get_submodule("stage4")(
@@ -25,7 +25,7 @@ def test_resnets_have_the_published_number_of_weights(name, count):
     ).shape[2:] == (1, 1)
 
 
-def test_a_large_image_is_shrunk_by_the_stem_and_a_small_one_is_not():
+def test_the_stem_downsamples_large_images_only():
     sides = {
         size: build("resnet18", 3, 2, size)
         .get_submodule("stem")(torch.zeros(2, 3, size, size))
@@ -35,7 +35,7 @@ def test_a_large_image_is_shrunk_by_the_stem_and_a_small_one_is_not():
     assert sides == {64: 16, 63: 63}
 
 
-def test_the_plain_net_is_the_other_without_batch_norm():
+def test_convnet_plain_is_convnet_without_batch_norm():
     normed, plain = (list(build(name, 1, 10, 8).children()) for name in NAMES[:2])
     without = [layer for layer in normed if not isinstance(layer, nn.BatchNorm2d)]
     assert len(without) == len(normed) - 3

@@ -8,7 +8,7 @@ from larskit.app.results import Point
 from larskit.app.settings import Settings
 
 
-def cell(accuracy: float, loss: float | None = 0.1, **given: Any) -> results.Cell:
+def result(accuracy: float, loss: float | None = 0.1, **given: Any) -> results.Result:
     return {
         "settings": asdict(Settings(**given)),
         "data": "fingerprint",
@@ -20,35 +20,35 @@ def cell(accuracy: float, loss: float | None = 0.1, **given: Any) -> results.Cel
     }
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_saved_results_load_unchanged(tmp_path):
     path = tmp_path / "results.json"
-    cells = [cell(0.5, lr=1e-3), cell(0.1, None, optimizer="sgd", lr=1 / 3)]
-    results.save(path, cells)
-    assert results.load(path) == cells
+    found = [result(0.5, lr=1e-3), result(0.1, None, optimizer="sgd", lr=1 / 3)]
+    results.save(path, found)
+    assert results.load(path) == found
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, "cannot be read: No such file"),
-        ("", "corrupt, or no result of larskit study"),
-        ('{"format": "larskit.study/1", "cells": [', "corrupt, or no"),
-        ('{"cells": []}', "corrupt, or no"),
-        ("[1, 2]", "corrupt, or no"),
-        ('{"format": "larskit.study/2", "cells": []}', "corrupt, or no"),
-        ('{"format": "larskit.study/1", "cells": [{"a": 1}]}', "corrupt, or no"),
+        ("", "truncated or corrupt, or was not written by"),
+        ('{"format": "larskit.study/1", "cells": [', "truncated or corrupt"),
+        ('{"cells": []}', "truncated or corrupt"),
+        ("[1, 2]", "truncated or corrupt"),
+        ('{"format": "larskit.study/2", "cells": []}', "truncated or corrupt"),
+        ('{"format": "larskit.study/1", "cells": [{"a": 1}]}', "truncated or corrupt"),
         (
             '{"format": "larskit.study/1", "cells": [{"settings": {"lr": -1}}]}',
-            "corrupt, or no",
+            "truncated or corrupt",
         ),
         (
             '{"format": "larskit.study/1", "cells": [{"settings": {}}]}',
-            "corrupt, or no",
+            "truncated or corrupt",
         ),
-        ("\xff", "corrupt, or no"),
+        ("\xff", "truncated or corrupt"),
     ],
 )
-def test_a_truncated_or_foreign_file_is_refused(tmp_path, text, message):
+def test_a_corrupt_or_foreign_file_is_an_error(tmp_path, text, message):
     path = tmp_path / "results.json"
     if text is not None:
         path.write_bytes(text.encode("latin-1"))
@@ -56,16 +56,16 @@ def test_a_truncated_or_foreign_file_is_refused(tmp_path, text, message):
         results.load(path)
 
 
-def test_cells_become_curves():
-    cells = [
-        cell(0.75, lr=2.0, seed=0),
-        cell(0.25, lr=2.0, seed=1),
-        cell(0.6, lr=1.0),
-        cell(0.5, lr=0.1, optimizer="sgd"),
-        cell(0.4, lr=1.0, batch_size=8),
-        cell(0.3, lr=1.0, model="convnet-plain"),
+def test_results_are_grouped_into_curves():
+    found = [
+        result(0.75, lr=2.0, seed=0),
+        result(0.25, lr=2.0, seed=1),
+        result(0.6, lr=1.0),
+        result(0.5, lr=0.1, optimizer="sgd"),
+        result(0.4, lr=1.0, batch_size=8),
+        result(0.3, lr=1.0, model="convnet-plain"),
     ]
-    assert results.curves(cells) == {
+    assert results.curves(found) == {
         ("convnet", 64): {
             "lars": [
                 Point(1.0, 0.6, 0.6, 0.6),
@@ -78,14 +78,14 @@ def test_cells_become_curves():
     }
 
 
-CELLS = [
-    cell(0.99, lr=1.0, seed=0),
-    cell(0.80, lr=1.0, seed=1),
-    cell(0.90, lr=2.0, seed=0),
-    cell(0.91, lr=2.0, seed=1),
-    cell(0.85, 0.2, optimizer="sgd", lr=0.1, weight_decay=0.0),
-    cell(0.85, 0.1, optimizer="sgd", lr=0.2),
-    cell(0.85, None, optimizer="sgd", lr=0.4),
+RESULTS = [
+    result(0.99, lr=1.0, seed=0),
+    result(0.80, lr=1.0, seed=1),
+    result(0.90, lr=2.0, seed=0),
+    result(0.91, lr=2.0, seed=1),
+    result(0.85, 0.2, optimizer="sgd", lr=0.1, weight_decay=0.0),
+    result(0.85, 0.1, optimizer="sgd", lr=0.2),
+    result(0.85, None, optimizer="sgd", lr=0.4),
 ]
 
 
@@ -99,15 +99,15 @@ CELLS = [
         ({"optimizer": "sgd", "lr": 0.1}, {"weight_decay": 0.0}),
     ],
 )
-def test_the_best_is_the_best_on_average(tmp_path, given, expected):
-    results.save(tmp_path / "results.json", CELLS)
+def test_the_best_settings_have_the_best_mean_accuracy(tmp_path, given, expected):
+    results.save(tmp_path / "results.json", RESULTS)
     best = results.best(tmp_path / "results.json", given)
     assert expected.items() <= best.items()
     assert ("seed" in best) == ("seed" in given)
     Settings(**best)
 
 
-def test_the_best_of_nothing_is_refused(tmp_path):
-    results.save(tmp_path / "results.json", CELLS)
-    with pytest.raises(InputError, match="has no training with"):
+def test_best_without_a_matching_run_is_an_error(tmp_path):
+    results.save(tmp_path / "results.json", RESULTS)
+    with pytest.raises(InputError, match="has no training run with --batch-size 3"):
         results.best(tmp_path / "results.json", {"batch_size": 3})

@@ -8,16 +8,16 @@ from larskit.app.settings import RECIPES, Settings
 
 
 @pytest.mark.parametrize("optimizer", RECIPES)
-def test_what_is_not_given_is_the_optimizers_own(optimizer):
-    own, settings = RECIPES[optimizer], Settings(optimizer=optimizer)
-    assert settings.lr == own.lr
-    assert settings.weight_decay == own.weight_decay
-    assert settings.trust_coefficient == own.trust_coefficient
-    assert own.lr in own.lrs
+def test_defaults_are_those_of_the_optimizer(optimizer):
+    recipe, settings = RECIPES[optimizer], Settings(optimizer=optimizer)
+    assert settings.lr == recipe.lr
+    assert settings.weight_decay == recipe.weight_decay
+    assert settings.trust_coefficient == recipe.trust_coefficient
+    assert recipe.lr in recipe.lrs
     assert Settings(**asdict(settings)) == settings
 
 
-def test_what_is_given_stays():
+def test_given_values_are_kept():
     settings = Settings(optimizer="lars", lr=40, weight_decay=0, trust_coefficient=1e-3)
     assert settings.lr == 40
     assert settings.weight_decay == 0
@@ -38,12 +38,15 @@ def test_a_path_becomes_absolute(tmp_path, monkeypatch):
         ({"lr": float("inf")}, "--lr must be"),
         ({"lr": float("nan")}, "--lr must be"),
         ({"lr": "4"}, "--lr must be"),
-        ({"epochs": 0}, "--epochs must be a whole number of at least 1, got 0"),
+        ({"epochs": 0}, "--epochs must be an integer of at least 1, got 0"),
         ({"epochs": -3}, "--epochs must be"),
         ({"epochs": 1.5}, "--epochs must be"),
         ({"batch_size": 0}, "--batch-size must be"),
         ({"accumulate": 0}, "--accumulate must be"),
-        ({"accumulate": 9, "batch_size": 8}, "--accumulate 9 is more than the 8 image"),
+        (
+            {"accumulate": 9, "batch_size": 8},
+            "--accumulate must be at most the batch size of 8, got 9",
+        ),
         ({"image_size": 0}, "--image-size must be"),
         ({"threads": 0}, "--threads must be"),
         ({"seed": -1}, "--seed must be"),
@@ -53,7 +56,7 @@ def test_a_path_becomes_absolute(tmp_path, monkeypatch):
         ({"trust_coefficient": 0.0}, "--trust-coefficient must be"),
         (
             {"optimizer": "sgd", "trust_coefficient": 0.1},
-            "--trust-coefficient means nothing to sgd",
+            "--trust-coefficient does not apply to sgd, got 0.1: omit",
         ),
         ({"optimizer": "adam"}, "--optimizer must be one of 'lars', 'larc'"),
         ({"model": "vgg"}, "--model must be one of"),
@@ -61,6 +64,6 @@ def test_a_path_becomes_absolute(tmp_path, monkeypatch):
         ({"schedule": "step"}, "--schedule must be one of"),
     ],
 )
-def test_what_is_out_of_range_is_refused(given, message):
+def test_an_invalid_value_is_an_error(given, message):
     with pytest.raises(InputError, match=message):
         Settings(**given)

@@ -32,67 +32,67 @@ def console() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
-def said(console: Console) -> str:
+def text_of(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
 @pytest.fixture(scope="module")
-def cells(few) -> list[Settings]:
+def runs(few) -> list[Settings]:
     return study.grid({"data": few, "epochs": 2}, **AXES)
 
 
 @pytest.fixture(scope="module")
-def done(cells, tmp_path_factory) -> tuple[Path, str]:
-    """Name the folder of a study by two processes, and what it said."""
+def done(runs, tmp_path_factory) -> tuple[Path, str]:
+    """Run a study in two processes; return its folder and its output."""
     out, shown = tmp_path_factory.mktemp("done"), console()
-    assert study.study(cells, str(out), jobs=2, console=shown) == 0
-    return out, said(shown)
+    assert study.study(runs, str(out), jobs=2, console=shown) == 0
+    return out, text_of(shown)
 
 
-def test_the_grid_is_the_product_seed_by_seed():
+def test_the_grid_is_a_product_ordered_by_seed():
     axes = {"models": ["resnet18", "convnet"], "batch_sizes": [8, 16], "seeds": 2}
     given = {"seed": 5, "epochs": 3, "trust_coefficient": 0.1}
-    cells = study.grid(given, optimizers=["sgd", "lars"], lrs=[("sgd", [1.0])], **axes)
+    runs = study.grid(given, optimizers=["sgd", "lars"], lrs=[("sgd", [1.0])], **axes)
     lars = len(study.RECIPES["lars"].lrs)
-    assert len(cells) == len(set(cells)) == 2 * 2 * 2 * (1 + lars)
-    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
-    assert {cell.seed for cell in cells} == {5, 6}
-    assert {cell.epochs for cell in cells} == {3}
-    assert {(cell.optimizer, cell.trust_coefficient) for cell in cells} == {
+    assert len(runs) == len(set(runs)) == 2 * 2 * 2 * (1 + lars)
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert {run.seed for run in runs} == {5, 6}
+    assert {run.epochs for run in runs} == {3}
+    assert {(run.optimizer, run.trust_coefficient) for run in runs} == {
         ("sgd", None),
         ("lars", 0.1),
     }
 
 
-def test_rates_of_an_optimizer_that_does_not_take_part_are_refused():
-    with pytest.raises(InputError, match="--lrs names 'adamw'"):
+def test_rates_of_an_optimizer_outside_the_study_are_an_error():
+    with pytest.raises(InputError, match="--lrs has rates for 'adamw'"):
         study.grid({}, **{**AXES, "lrs": [("adamw", [0.1])]})
 
 
-def test_every_cell_is_the_training_alone(done, cells, few):
+def test_every_result_is_that_of_a_single_run(done, runs, few):
     found = results.load(done[0] / "results.json")
     data = read(few)
-    assert len(found) == len(cells)
-    for cell in found:
-        trainer = Trainer(Settings(**cell["settings"]), data)
+    assert len(found) == len(runs)
+    for result in found:
+        trainer = Trainer(Settings(**result["settings"]), data)
         for _ in trainer.run():
             pass
-        for name in results.MEASURES:
-            assert cell[name] == trainer.history[-1][name]
-        assert cell["data"] == data.fingerprint
-        assert cell["seconds"] > 0
+        for name in results.METRICS:
+            assert result[name] == trainer.history[-1][name]
+        assert result["data"] == data.fingerprint
+        assert result["seconds"] > 0
 
 
-def test_a_divergence_is_a_result(done):
+def test_a_diverged_run_is_a_result(done):
     found = results.load(done[0] / "results.json")
-    (cell,) = (cell for cell in found if cell["settings"]["lr"] == 1e20)
-    assert cell["train_loss"] is None
-    assert cell["test_accuracy"] < 0.5
+    (result,) = (x for x in found if x["settings"]["lr"] == 1e20)
+    assert result["train_loss"] is None
+    assert result["test_accuracy"] < 0.5
     json.loads((done[0] / "results.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_the_table_and_each_training_are_shown(done):
+def test_the_output_has_the_table_and_every_run(done):
     out, text = done
     assert text.count("seed 0: ") == 4
     assert re.search(r"convnet .* 20 .* sgd .* 0\.1 ", text)
@@ -100,7 +100,7 @@ def test_the_table_and_each_training_are_shown(done):
     assert f"{out / 'results.json'}" in text
 
 
-def test_the_table_names_the_rates_near_the_best_of_the_panel():
+def test_the_table_lists_the_rates_near_the_best_of_a_panel():
     def points(**means: float) -> list[Point]:
         return [Point(float(lr[1:]), x, x - 0.01, 1.0) for lr, x in means.items()]
 
@@ -109,18 +109,18 @@ def test_the_table_names_the_rates_near_the_best_of_the_panel():
     shown = console()
     panel = {"lars": lars, "sgd": points(_0=0.1, _5=0.981), "larc": poor}
     shown.print(study.table({("m", 8): panel, ("m", 9): {"adamw": poor}}))
-    rows = [re.split(r" *│ *", line)[1:-1] for line in said(shown).splitlines()]
+    rows = [re.split(r" *│ *", line)[1:-1] for line in text_of(shown).splitlines()]
     assert ["m", "8", "lars", "99.00", "98.0-100.0", "2", "1-2, 8"] in rows
     assert ["m", "8", "sgd", "98.10", "97.1-100.0", "5", "5"] in rows
     assert ["m", "8", "larc", "50.00", "49.0-100.0", "3", "none"] in rows
     assert ["m", "9", "adamw", "50.00", "49.0-100.0", "3", "3"] in rows
 
 
-def test_the_picture_is_a_png_with_a_panel_per_model_and_batch_size(done, tmp_path):
+def test_the_plot_has_a_panel_per_model_and_batch_size(done, tmp_path):
     image = matplotlib.image.imread(done[0] / "study.png")
     assert min(image.shape[:2]) > 300
-    colours = np.unique((255 * image[..., :3]).astype(int).reshape(-1, 3), axis=0)
-    assert len(colours) > 50
+    colors = np.unique((255 * image[..., :3]).astype(int).reshape(-1, 3), axis=0)
+    assert len(colors) > 50
     points = [Point(lr, 0.5, 0.4, 0.6) for lr in (0.1, 1.0)]
     curves = {(m, b): {"lars": points} for m in ("m", "n", "o") for b in (1, 2)}
     plot(curves, tmp_path / "large.png")
@@ -129,30 +129,30 @@ def test_the_picture_is_a_png_with_a_panel_per_model_and_batch_size(done, tmp_pa
     assert large.shape[1] > 1.5 * image.shape[1]
 
 
-def test_what_is_known_is_not_trained_again(done, cells, monkeypatch):
+def test_a_finished_run_is_not_repeated(done, runs, monkeypatch):
     monkeypatch.setattr(study, "_run", None)
     shown = console()
-    assert study.study(cells, str(done[0]), jobs=2, console=shown) == 0
-    assert "lars" in said(shown)
+    assert study.study(runs, str(done[0]), jobs=2, console=shown) == 0
+    assert "lars" in text_of(shown)
 
 
-def test_a_larger_study_trains_what_is_missing(done, cells, few, monkeypatch):
-    asked = []
+def test_a_larger_study_trains_the_missing_runs_only(done, few, monkeypatch):
+    requested = []
 
     def run(missing, *rest):
-        asked.extend(missing)
+        requested.extend(missing)
         return 130
 
     monkeypatch.setattr(study, "_run", run)
     before, shown = (done[0] / "results.json").read_bytes(), console()
     more = study.grid({"data": few, "epochs": 2}, **{**AXES, "seeds": 2})
     assert study.study(more, str(done[0]), jobs=2, console=shown) == 130
-    assert {cell.seed for cell in asked} == {1}
-    assert len(asked) == 4
-    assert "4 of 8 trainings are in" in said(shown)
+    assert {run.seed for run in requested} == {1}
+    assert len(requested) == 4
+    assert "4 of 8 training runs are in" in text_of(shown)
     other = study.grid({"data": few, "epochs": 3}, **AXES)
     study.study(other, str(done[0]), jobs=2, console=console())
-    assert asked[4:] == other
+    assert requested[4:] == other
     assert (done[0] / "results.json").read_bytes() == before
 
 
@@ -160,27 +160,27 @@ def test_a_larger_study_trains_what_is_missing(done, cells, few, monkeypatch):
     ("given", "batch_size", "message"),
     [
         ({"data": "none"}, 20, "does not exist"),
-        ({}, 999, "--batch-size 999 is larger"),
-        ({}, 1, "batch norm needs 2"),
+        ({}, 999, r"--batch-size must be at most .* got 999"),
+        ({}, 1, "convnet needs 2"),
         ({"device": "nonsense"}, 20, "--device nonsense"),
     ],
 )
-def test_bad_input_leaves_no_folder(few, tmp_path, given, batch_size, message):
+def test_invalid_input_creates_no_folder(few, tmp_path, given, batch_size, message):
     axes = {**AXES, "batch_sizes": [20, batch_size]}
-    cells = study.grid({"data": few, **given}, **axes)
+    runs = study.grid({"data": few, **given}, **axes)
     with pytest.raises(InputError, match=message):
-        study.study(cells, str(tmp_path / "out"), jobs=1)
+        study.study(runs, str(tmp_path / "out"), jobs=1)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_foreign_results_file_is_not_overwritten(cells, tmp_path):
+def test_a_foreign_results_file_is_not_overwritten(runs, tmp_path):
     (tmp_path / "results.json").write_text("my results")
-    with pytest.raises(InputError, match="corrupt, or no result of larskit study"):
-        study.study(cells, str(tmp_path), jobs=1)
+    with pytest.raises(InputError, match="truncated or corrupt, or was not written by"):
+        study.study(runs, str(tmp_path), jobs=1)
     assert (tmp_path / "results.json").read_text() == "my results"
 
 
-def test_a_process_that_dies_is_said(cells, tmp_path, monkeypatch):
+def test_the_death_of_a_process_is_reported(runs, tmp_path, monkeypatch):
     class Dying(ProcessPoolExecutor):
         def submit(self, fn, /, *args, **kwargs):
             future = Future()
@@ -189,13 +189,13 @@ def test_a_process_that_dies_is_said(cells, tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "ProcessPoolExecutor", Dying)
     shown = console()
-    assert study.study(cells, str(tmp_path), jobs=1, console=shown) == 1
-    assert "A process died" in said(shown)
-    assert "0 of 4 trainings are in" in said(shown)
+    assert study.study(runs, str(tmp_path), jobs=1, console=shown) == 1
+    assert "A process died" in text_of(shown)
+    assert "0 of 4 training runs are in" in text_of(shown)
 
 
 @pytest.mark.integration
-def test_ctrl_c_keeps_what_is_finished(start, few, tmp_path):
+def test_ctrl_c_keeps_the_finished_runs(start, few, tmp_path):
     command = ["-W", "error", "-m", "larskit", "study", "--data", few]
     flags = ["--out", str(tmp_path), "--epochs", "2", "--batch-sizes", "20"]
     flags += ["--seeds", "999", "--jobs", "1"]
@@ -204,6 +204,6 @@ def test_ctrl_c_keeps_what_is_finished(start, few, tmp_path):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert errors == ""
-    kept = results.load(tmp_path / "results.json")
-    assert f"{len(kept)} of {999 * 14} trainings are in" in output
-    assert 1 <= len(kept) < 999
+    finished = results.load(tmp_path / "results.json")
+    assert f"{len(finished)} of {999 * 14} training runs are in" in output
+    assert 1 <= len(finished) < 999

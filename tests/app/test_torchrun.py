@@ -1,4 +1,4 @@
-"""Trainings of several processes, started by torchrun, against those of one."""
+"""Compare runs of several processes, started by torchrun, with those of one."""
 
 import io
 import json
@@ -18,11 +18,11 @@ from larskit.app.trainer import Trainer
 pytestmark = pytest.mark.distributed
 LIVE = Path(__file__).parent / "live"
 RANKS = 3
-CPU = {"device": "cpu"}  # of GPUs there may be too few
+CPU = {"device": "cpu"}  # a machine may have fewer GPUs than ranks
 PLAIN = {"model": "convnet-plain", "epochs": 2, "batch_size": 20} | CPU
 FSDP2 = {"shard": "fsdp2"}
-# The same as in one process that accumulates so many times as many parts.
-ALIKE = {
+# One process gives the same result with RANKS times the accumulation.
+EQUIVALENT = {
     "ddp": PLAIN,
     "ddp accumulated": {**PLAIN, "accumulate": 2},
     "fsdp2": PLAIN | FSDP2,
@@ -37,7 +37,7 @@ ALIKE = {
 }
 ON_CPU = ("--device", "cpu")
 SHARDS = {"ddp": {}, "fsdp2": FSDP2}
-CROSSED = [
+RESUMED = [
     ("ddp", "ddp"),
     ("fsdp2", "fsdp2"),
     ("ddp", "fsdp2"),
@@ -58,34 +58,34 @@ def torchrun(start):
     return run
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[str, str, list[str]]:
-    """Return stdout and stderr, and what larskit itself has said on stderr."""
+def outputs(process: subprocess.Popen[str]) -> tuple[str, str, list[str]]:
+    """Wait; return stdout, stderr, and the lines on stderr that larskit printed."""
     output, errors = process.communicate(timeout=300)
-    said = [line for line in errors.splitlines() if line.startswith("larskit: ")]
-    return output, errors, said
+    messages = [line for line in errors.splitlines() if line.startswith("larskit: ")]
+    return output, errors, messages
 
 
 def quiet() -> Console:
     return Console(file=io.StringIO())
 
 
-def alone(given: dict, out: Path, *, resume: bool = False) -> dict:
+def train_here(given: dict, out: Path, *, resume: bool = False) -> dict:
     """Train in this process."""
     assert train(given, str(out), resume=resume, console=quiet()) == 0
     return checkpoint(out)
 
 
-def stopped(given: dict, out: Path) -> None:
-    """Train in this process until a signal comes in the middle of an epoch."""
+def train_until_signal(given: dict, out: Path) -> None:
+    """Train in this process, and stop it by a signal within an epoch."""
     step = Trainer._step
 
-    def signalled(self, indices):
+    def step_and_signal(self, indices):
         step(self, indices)
         if self.step == 1:
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Trainer, "_step", signalled)
+        patched.setattr(Trainer, "_step", step_and_signal)
         assert train(given, str(out), console=quiet()) == 143
 
 
@@ -94,7 +94,7 @@ def checkpoint(folder: Path) -> dict:
 
 
 def flat(state: dict) -> dict[str, torch.Tensor]:
-    """Return the weights by name, and the optimizer's state."""
+    """Return the weights and the optimizer state in one dict."""
     moments = state["optimizer"]["state"]
     return state["model"] | {
         f"{index}.{name}": x for index, s in moments.items() for name, x in s.items()
@@ -114,82 +114,81 @@ def differing(one: dict, other: dict, rtol: float, atol: float) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(torchrun, few, tmp_path_factory):
-    """Train in three processes; return the folder, and how each training ended."""
+    """Train in three processes; return the folder, the exit codes and the output."""
     folder = tmp_path_factory.mktemp("ranks")
-    stopped({**PLAIN, "data": few}, folder / "one stopped")
+    train_until_signal({**PLAIN, "data": few}, folder / "one stopped")
     plan: list[tuple[str, str | None, dict]] = []
-    plan += [(name, None, given) for name, given in ALIKE.items()]
+    plan += [(name, None, given) for name, given in EQUIVALENT.items()]
     plan += [(f"{k} stopped", "signal", PLAIN | shard) for k, shard in SHARDS.items()]
-    plan += [(f"{a} to {b}", f"{a} stopped", SHARDS[b]) for a, b in CROSSED]
+    plan += [(f"{a} to {b}", f"{a} stopped", SHARDS[b]) for a, b in RESUMED]
     plan = [(name, event, {"data": few} | given | CPU) for name, event, given in plan]
     (folder / "plan.json").write_text(json.dumps(plan))
     process = torchrun(LIVE / "trainings.py", folder, folder / "plan.json", ranks=RANKS)
-    output, errors, _ = ended(process)
+    output, errors, _ = outputs(process)
     assert process.returncode == 0, errors[-3000:]
     assert "Warning" not in errors
     return folder, json.loads((folder / "plan.json").read_text()), output
 
 
-@pytest.mark.parametrize("name", ALIKE)
-def test_several_processes_do_what_one_does(few, tmp_path, trained, name):
+@pytest.mark.parametrize("name", EQUIVALENT)
+def test_several_processes_give_the_result_of_one(few, tmp_path, trained, name):
     folder, results, _ = trained
-    given = {k: v for k, v in ALIKE[name].items() if k != "shard"}
+    given = {k: v for k, v in EQUIVALENT[name].items() if k != "shard"}
     given["accumulate"] = given.get("accumulate", 1) * RANKS
-    one = alone({"data": few} | given | CPU, tmp_path)
+    one = train_here({"data": few} | given | CPU, tmp_path)
     several = checkpoint(folder / name)
     assert results[name] == [0, True]
-    close = (2e-2, 2e-2) if "bfloat16" in name else (1e-3, 1e-4)
-    wrong = differing(several, one, *close)
-    if name == "blocks":  # so few images are measured in one part, or else in three
+    tolerances = (2e-2, 2e-2) if "bfloat16" in name else (1e-3, 1e-4)
+    wrong = differing(several, one, *tolerances)
+    # Batch norm is updated with so few images in one part here, in three parts there.
+    if name == "blocks":
         wrong = [name for name in wrong if "running" not in name]
     assert [name for name in wrong if "num_batches" not in name] == []
     assert several["ranks"] == RANKS
     for entry, expected in zip(several["history"], one["history"], strict=True):
         if name == "blocks":
             del entry["test_loss"], expected["test_loss"]
-        assert entry == pytest.approx(expected, rel=10 * close[0])
+        assert entry == pytest.approx(expected, rel=10 * tolerances[0])
 
 
-@pytest.mark.parametrize(("begun", "then"), CROSSED)
-def test_any_number_of_processes_goes_on(trained, begun, then):
+@pytest.mark.parametrize(("first", "second"), RESUMED)
+def test_any_number_of_processes_resumes(trained, first, second):
     folder, results, _ = trained
-    state = checkpoint(folder / f"{begun} stopped")
+    state = checkpoint(folder / f"{first} stopped")
     assert 0 < state["batch"] < 4
-    assert results[f"{begun} to {then}"] == [0, True]
-    through, resumed = (
-        checkpoint(folder / then),
-        checkpoint(folder / f"{begun} to {then}"),
-    )
-    exact = begun == then
-    assert differing(resumed, through, *(2 * [0.0] if exact else (1e-3, 1e-4))) == []
-    close = 0 if exact else 1e-3
-    for entry, expected in zip(resumed["history"], through["history"], strict=True):
-        assert entry == pytest.approx(expected, rel=close, abs=0)
+    assert results[f"{first} to {second}"] == [0, True]
+    full = checkpoint(folder / second)
+    resumed = checkpoint(folder / f"{first} to {second}")
+    exact = first == second
+    assert differing(resumed, full, *(2 * [0.0] if exact else (1e-3, 1e-4))) == []
+    tolerance = 0 if exact else 1e-3
+    for entry, expected in zip(resumed["history"], full["history"], strict=True):
+        assert entry == pytest.approx(expected, rel=tolerance, abs=0)
 
 
-@pytest.mark.parametrize("begun", ["ddp", "fsdp2"])
-def test_one_process_goes_on(tmp_path, trained, begun):
+@pytest.mark.parametrize("first", ["ddp", "fsdp2"])
+def test_one_process_resumes(tmp_path, trained, first):
     folder, results, _ = trained
-    assert results[f"{begun} stopped"] == [143, True]
-    out = shutil.copytree(folder / f"{begun} stopped", tmp_path / "out")
-    resumed = alone({}, out, resume=True)
+    assert results[f"{first} stopped"] == [143, True]
+    out = shutil.copytree(folder / f"{first} stopped", tmp_path / "out")
+    resumed = train_here({}, out, resume=True)
     assert resumed["ranks"] == 1
-    assert differing(resumed, checkpoint(folder / begun), 1e-3, 1e-4) == []
-    expected = checkpoint(folder / begun)["history"]
+    assert differing(resumed, checkpoint(folder / first), 1e-3, 1e-4) == []
+    expected = checkpoint(folder / first)["history"]
     for entry, other in zip(resumed["history"], expected, strict=True):
         assert entry == pytest.approx(other, rel=1e-3)
 
 
-def test_one_process_alone_prints(trained):
+def test_only_one_process_prints(trained):
     _, results, output = trained
-    ends = [code for code, _ in results.values()]
-    assert output.count("of the test images are right") == ends.count(0)
-    assert output.count("Stopped after step") == ends.count(143) == len(SHARDS)
+    codes = [code for code, _ in results.values()]
+    assert output.count("Test accuracy ") == codes.count(0)
+    assert output.count("Stopped after step") == codes.count(143) == len(SHARDS)
 
 
-DEATHS = {
-    "SIGKILL": "one of the 2 processes has died or does not answer, so the others end",
-    "hangs": "the step at hand has not ended 1 s after a signal, perhaps as one of",
+LOSSES = {
+    "SIGKILL": "one of the 2 processes has died or stopped responding, so the others",
+    "hangs": "the current step has not finished 1 s after a signal; one of the 2",
 }
 
 
@@ -197,7 +196,7 @@ DEATHS = {
     ("event", "victim", "shard"),
     [("SIGKILL", 0, ()), ("SIGKILL", 1, ("--shard", "fsdp2")), ("hangs", 1, ())],
 )
-def test_a_lost_process_is_said_and_the_checkpoint_stays(
+def test_a_lost_process_is_reported_and_the_checkpoint_is_kept(
     torchrun, few, tmp_path, event, victim, shard
 ):
     out = tmp_path / "out"
@@ -208,31 +207,31 @@ def test_a_lost_process_is_said_and_the_checkpoint_stays(
     process = torchrun(LIVE / "cli.py", victim, 5, event, "train", *flags, until=hangs)
     if hangs:
         process.send_signal(signal.SIGTERM)
-    output, errors, said = ended(process)
+    output, errors, messages = outputs(process)
     assert process.returncode != 0
-    assert len(said) == 1, errors[-3000:]
-    assert DEATHS[event] in said[0]
+    assert len(messages) == 1, errors[-3000:]
+    assert LOSSES[event] in messages[0]
     command = "torchrun --nproc-per-node 2 -m larskit train --resume --out"
-    assert f"{out}/checkpoint.pt is whole, go on with {command} {out}" in said[0]
+    assert f"{out}/checkpoint.pt is intact, resume with {command} {out}" in messages[0]
     assert output.count("epoch ") == 1
     state = checkpoint(out)
     assert (state["epoch"], state["batch"]) == (1, 0)
     assert sorted(p.name for p in out.glob("*.*")) == ["checkpoint.pt", "metrics.jsonl"]
-    resumed = alone({}, out, resume=True)
-    through = alone({"data": few, **PLAIN}, tmp_path / "through")
-    assert differing(resumed, through, 1e-3, 1e-4) == []
+    resumed = train_here({}, out, resume=True)
+    full = train_here({"data": few, **PLAIN}, tmp_path / "full")
+    assert differing(resumed, full, 1e-3, 1e-4) == []
 
 
-def test_ctrl_c_stops_all_at_one_step(torchrun, few, tmp_path):
+def test_ctrl_c_stops_all_processes_after_the_same_step(torchrun, few, tmp_path):
     flags = ["--data", few, "--model", "convnet-plain", "--batch-size", "20"]
     flags += ON_CPU
     flags += ["--epochs", "2000", "--out", tmp_path]
     first_epoch = tmp_path / "metrics.jsonl"
     process = torchrun("-m", "larskit", "train", *flags, until=first_epoch)
     process.send_signal(signal.SIGINT)
-    output, _, said = ended(process)
+    output, _, messages = outputs(process)
     assert process.returncode != 0
-    assert said == []
+    assert messages == []
     (step,) = re.findall(r"Stopped after step (\d+) of 8000 and saved", output)
     state = checkpoint(tmp_path)
     assert state["epoch"] * 4 + state["batch"] == int(step)
@@ -240,25 +239,25 @@ def test_ctrl_c_stops_all_at_one_step(torchrun, few, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "expected"),
     [
         (
-            [LIVE / "cli.py", 1, 0, "is blind", "train", *ON_CPU],
-            "larskit: nothing to be seen",
+            [LIVE / "cli.py", 1, 0, "cannot read", "train", *ON_CPU],
+            "larskit: the data cannot be read",
         ),
         (
             ["-m", "larskit", "study"],
-            "larskit study starts processes of its own, see --jobs",
+            "larskit study was started by torchrun, but it starts its own processes",
         ),
     ],
-    ids=["of one", "of all"],
+    ids=["on one rank", "on all ranks"],
 )
-def test_bad_input_is_one_sentence(torchrun, tmp_path, arguments, sentence):
+def test_invalid_input_is_one_message(torchrun, tmp_path, arguments, expected):
     out = tmp_path / "out"
     process = torchrun(*arguments, "--out", out)
-    output, errors, said = ended(process)
+    output, errors, messages = outputs(process)
     assert output == ""
-    assert len(said) == 1
-    assert sentence in said[0]
+    assert len(messages) == 1
+    assert expected in messages[0]
     assert re.findall(r"exitcode +: (-?\d+)", errors) == ["2", "2"]
     assert not out.exists()

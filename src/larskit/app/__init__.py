@@ -1,5 +1,5 @@
-"""The main job behind the command line: train a classifier, study optimizers."""
+"""Train an image classifier and compare optimizers: what the commands run."""
 
 
 class InputError(Exception):
-    """What the user gave cannot be used; the message is one sentence for them."""
+    """Invalid user input. The message is one sentence, printed without a traceback."""

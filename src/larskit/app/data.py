@@ -1,33 +1,36 @@
-"""Labelled images: the digits of scikit-learn, a folder of class folders, an npz."""
+"""Labelled images from scikit-learn's digits, a folder of class folders or an npz."""
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from larskit.app import InputError
 
-# Every fifth image of each class is for testing, whatever the seed of the training.
+if TYPE_CHECKING:
+    from PIL import Image
+
+# A fifth of each class is the test set, independent of `Settings.seed`.
 TEST_EVERY, SPLIT_SEED = 5, 0
 FOLDER_SIZE = 32
 
 
 @dataclass(frozen=True)
 class Data:
-    """Images, their labels, and which of them are for testing.
+    """Images, their labels, and their split into training and test images.
 
     Parameters
     ----------
     x : uint8 or float32 array of shape (images, channels, height, width)
-        The images as they were read.
+        The images, not normalized.
     y : int64 array of shape (images,)
-        The labels, from 0.
+        The class indices, starting at 0.
     classes : tuple of str
-        What the labels are called.
+        The name of each class.
     """
 
     x: np.ndarray
@@ -36,29 +39,32 @@ class Data:
 
     @cached_property
     def test(self) -> np.ndarray:
-        """Indices of a fifth of the images of each class, chosen by a fixed seed."""
+        """Indices of the test images: a fifth of each class, by a fixed seed."""
         order = np.random.default_rng(SPLIT_SEED).permutation(len(self.y))
         by_class = order[np.argsort(self.y[order], kind="stable")]
         return by_class[::TEST_EVERY]
 
     @cached_property
     def train(self) -> np.ndarray:
-        """Indices of the others, shuffled by a fixed seed."""
+        """Indices of the training images, shuffled with a fixed seed."""
         others = np.setdiff1d(np.arange(len(self.y)), self.test)
         return np.random.default_rng(SPLIT_SEED).permutation(others)
 
     @cached_property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation of each channel of the training images, in float32."""
+        """Mean and standard deviation of each channel of the training images.
+
+        Both are float32. A constant channel has the deviation 1.
+        """
         x, axes = self.x[self.train], (0, 2, 3)
         mean = x.mean(axes, dtype=np.float64)
-        deviation = x.std(axes, dtype=np.float64)
-        deviation[deviation == 0] = 1
-        return mean.astype(np.float32), deviation.astype(np.float32)
+        std = x.std(axes, dtype=np.float64)
+        std[std == 0] = 1
+        return mean.astype(np.float32), std.astype(np.float32)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of images and labels, to recognise the data by."""
+        """A SHA-256 hash of the images and labels."""
         digest = hashlib.sha256(repr((self.x.shape, self.x.dtype.str)).encode())
         digest.update(np.ascontiguousarray(self.x).data)
         digest.update(np.ascontiguousarray(self.y).data)
@@ -75,8 +81,8 @@ def read(source: str, image_size: int | None = None) -> Data:
         with ``x`` of shape (images, height, width) or (images, channels, height,
         width) and ``y`` of integers or strings.
     image_size : int, optional
-        Side in pixels that every image is brought to. None leaves digits and arrays as
-        they are, and brings the images of a folder to 32.
+        Height and width in pixels to which every image is resized. None keeps the size
+        of digits and arrays, and resizes the images of a folder to 32.
 
     Returns
     -------
@@ -85,14 +91,14 @@ def read(source: str, image_size: int | None = None) -> Data:
     Raises
     ------
     InputError
-        For what cannot be read, or cannot be learned from.
+        The source cannot be read, or has too few classes or images.
     """
     path = Path(source)
     if source == "digits":
         data = _digits()
     elif not path.exists():
         raise InputError(
-            f"--data {source} does not exist: pass digits, a folder of class folders "
+            f"--data {source} does not exist: pass digits, a folder of class folders, "
             "or an .npz file"
         )
     elif path.is_dir():
@@ -101,8 +107,8 @@ def read(source: str, image_size: int | None = None) -> Data:
         data = _npz(path)
     else:
         raise InputError(
-            f"--data {source} is neither digits, nor a folder of class folders, nor "
-            "an .npz file"
+            f"--data {source} has an unsupported format: pass digits, a folder of "
+            "class folders, or an .npz file"
         )
     _checked(data, source)
     return data if image_size is None else _resized(data, image_size)
@@ -111,14 +117,15 @@ def read(source: str, image_size: int | None = None) -> Data:
 def _checked(data: Data, source: str) -> Data:
     if len(data.classes) < 2:
         raise InputError(
-            f"--data {source} holds one class only, {''.join(data.classes)!r}: a "
-            "classifier needs two"
+            f"--data {source} has only one class, {''.join(data.classes)!r}: add "
+            "images of at least one other class"
         )
     for name, count in zip(data.classes, np.bincount(data.y), strict=True):
         if count < TEST_EVERY:
             raise InputError(
-                f"--data {source} has {count} images of the class {name!r}: "
-                f"{TEST_EVERY} are needed, of which one is for testing"
+                f"--data {source} has {count} images of the class {name!r}, expected "
+                f"at least {TEST_EVERY} (a fifth is for testing): add images or remove "
+                "the class"
             )
     return data
 
@@ -133,18 +140,24 @@ def _digits() -> Data:
 
 def _folder(path: Path, size: int) -> Data:
     folders = list(_visible(path))
-    for stray in folders:
-        if not stray.is_dir():
+    for entry in folders:
+        if not entry.is_dir():
             raise InputError(
-                f"{stray} is beside the class folders: move it into one of them"
+                f"{entry} is a file among the class folders: move it into one of them "
+                "or delete it"
             )
     if not folders:
-        raise InputError(f"--data {path} holds no class folder")
+        raise InputError(
+            f"--data {path} contains no class folder: create one folder of images per "
+            "class"
+        )
     files, y = [], []
     for label, folder in enumerate(folders):
         images = list(_visible(folder))
         if not images:
-            raise InputError(f"{folder} holds no image")
+            raise InputError(
+                f"{folder} contains no image: add images or delete the folder"
+            )
         files += images
         y += [label] * len(images)
     x = _images(files, size)
@@ -156,26 +169,28 @@ def _visible(path: Path) -> Iterator[Path]:
 
 
 def _images(files: list[Path], size: int) -> np.ndarray:
-    """Decode every file to the same size; grey where all of them are."""
+    """Decode every file to one size: grayscale if all files are, else RGB."""
     images = [_image(file, size) for file in files]
-    grey = all(image.mode == "L" for image in images)
-    arrays = [np.asarray(image if grey else image.convert("RGB")) for image in images]
+    gray = all(image.mode == "L" for image in images)
+    arrays = [np.asarray(image if gray else image.convert("RGB")) for image in images]
     x = np.stack(arrays)
-    return x[:, None] if grey else np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    return x[:, None] if gray else np.ascontiguousarray(x.transpose(0, 3, 1, 2))
 
 
-def _image(file: Path, size: int) -> Any:
+def _image(file: Path, size: int) -> "Image.Image":
     from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened)
-    except Exception as why:  # a corrupt file can raise anything in its reader
-        raise InputError(f"{file} cannot be read as an image: {_line(why)}") from why
+    except Exception as why:  # decoders raise any exception on corrupt files
+        raise InputError(
+            f"{file} cannot be read as an image: {_one_line(why)}; replace or delete it"
+        ) from why
     if image.mode.startswith(("I", "F")):
         raise InputError(
-            f"{file} has more than 8 bits per channel (mode {image.mode}): convert it, "
-            "or pass an .npz file"
+            f"{file} has more than 8 bits per channel (mode {image.mode}): convert it "
+            "to 8 bits, or pass an .npz file"
         )
     image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
@@ -185,32 +200,44 @@ def _npz(path: Path) -> Data:
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("x", "y") if name in file.files}
-    except Exception as why:  # likewise
-        raise InputError(f"{path} cannot be read as an .npz: {_line(why)}") from why
+    except Exception as why:  # NumPy raises any exception on corrupt files
+        raise InputError(
+            f"{path} cannot be read as an .npz file: {_one_line(why)}; save it again "
+            "with numpy.savez"
+        ) from why
     for name in ("x", "y"):
         if name not in arrays:
-            raise InputError(f"{path} has no array {name!r}: it needs x and y")
+            raise InputError(
+                f"{path} has no array {name!r}: save it with numpy.savez(file, x=..., "
+                "y=...)"
+            )
     x, y = _npz_images(path, arrays["x"]), arrays["y"]
     if y.ndim != 1 or y.dtype.kind not in "iuUS":
         raise InputError(
             f"y in {path} has the shape {y.shape} and the dtype {y.dtype}, expected "
-            "one integer or string per image"
+            "one integer or string per image: save the labels as a 1-d array"
         )
     if len(x) != len(y):
-        raise InputError(f"{path} has {len(x)} images in x but {len(y)} labels in y")
+        raise InputError(
+            f"{path} has {len(x)} images in x but {len(y)} labels in y: save one label "
+            "per image"
+        )
     classes, labels = np.unique(y, return_inverse=True)
     return Data(x, labels.astype(np.int64), tuple(map(str, classes.tolist())))
 
 
 def _npz_images(path: Path, x: np.ndarray) -> np.ndarray:
     if x.dtype.kind not in "biuf":
-        raise InputError(f"x in {path} has the dtype {x.dtype}, expected numbers")
+        raise InputError(
+            f"x in {path} has the dtype {x.dtype}, expected numbers: save uint8 or "
+            "float32"
+        )
     if x.ndim == 3:
         x = x[:, None]
     if x.ndim != 4 or 0 in x.shape:
         raise InputError(
             f"x in {path} has the shape {x.shape}, expected (images, height, width) or "
-            "(images, channels, height, width)"
+            "(images, channels, height, width) without empty axes: reshape it"
         )
     if x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
         raise InputError(
@@ -222,7 +249,10 @@ def _npz_images(path: Path, x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         x = x.astype(np.float32)
     if bad := np.count_nonzero(~np.isfinite(x)):
-        raise InputError(f"x in {path} has {bad} values that are not finite in float32")
+        raise InputError(
+            f"x in {path} has {bad} values that are not finite in float32: remove or "
+            "rescale them"
+        )
     return x
 
 
@@ -235,6 +265,6 @@ def _resized(data: Data, size: int) -> Data:
     return Data(x.numpy(), data.y, data.classes)
 
 
-def _line(why: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """Return an exception's message on one line."""
-    return " ".join(str(why).split()) or type(why).__name__
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,32 +1,32 @@
-"""The networks: small convolutional ones, and ResNet-18 and -50."""
+"""Image classifiers: two small convolutional networks, ResNet-18 and ResNet-50."""
 
 from collections import OrderedDict
 
 from torch import Tensor, nn
 
-# Smaller images keep their resolution through the stem of a ResNet.
-SMALL = 64
+# The stem of a ResNet downsamples images of at least this many pixels.
+DOWNSAMPLED_FROM = 64
 
 
 def build(name: str, channels: int, classes: int, size: int) -> nn.Module:
-    """Make a network with fresh weights.
+    """Build a randomly initialized network.
 
     Parameters
     ----------
     name : {"convnet", "convnet-plain", "resnet18", "resnet50"}
-        The plain net is the first one without batch norm.
+        "convnet-plain" is "convnet" without batch norm.
     channels : int
-        Of an image.
+        Channels of an image.
     classes : int
-        The number of outputs.
+        Number of outputs.
     size : int
-        Shorter side of an image in pixels; from 64 on a ResNet begins with a 7x7
-        convolution of stride 2 and pooling, below with a 3x3 convolution.
+        Shorter side of an image in pixels. For 64 or more, a ResNet starts with a 7x7
+        convolution of stride 2 and pooling; below, with a 3x3 convolution.
 
     Returns
     -------
     torch.nn.Module
-        From (images, channels, height, width) to (images, classes).
+        Maps (images, channels, height, width) to (images, classes).
     """
     if name.startswith("convnet"):
         return _convnet(channels, classes, norm=name == "convnet")
@@ -38,7 +38,7 @@ class Mean(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (images, channels, height, width) to (images, channels)."""
-        # adaptive pooling has no deterministic gradient on CUDA
+        # Adaptive pooling has no deterministic gradient on CUDA.
         return x.mean((2, 3))
 
 
@@ -56,7 +56,7 @@ class Residual(nn.Module):
     """``relu(body(x) + shortcut(x))``."""
 
     def __init__(self, body: nn.Module, shortcut: nn.Module) -> None:
-        """Hold the two branches."""
+        """Store the two branches."""
         super().__init__()
         self.body, self.shortcut = body, shortcut
 
@@ -67,7 +67,7 @@ class Residual(nn.Module):
 
 def _resnet(channels: int, classes: int, size: int, *, deep: bool) -> nn.Module:
     stem = [*_conv(channels, 64, 3), nn.ReLU()]
-    if size >= SMALL:
+    if size >= DOWNSAMPLED_FROM:
         stem = [*_conv(channels, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)]
     parts = OrderedDict[str, nn.Module](stem=nn.Sequential(*stem))
     width = 64

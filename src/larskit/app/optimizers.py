@@ -1,4 +1,4 @@
-"""The optimizers that can be compared, and the schedule of their learning rate."""
+"""The optimizers to compare, and their learning-rate schedules."""
 
 import torch
 from torch import nn
@@ -7,16 +7,17 @@ from torch.optim import lr_scheduler
 from larskit.app.settings import Settings
 from larskit.torch import LARS, param_groups
 
-POWER = 2.0
+POLY_POWER = 2.0
 
 
 def build(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimizer that `settings` name.
+    """Build the optimizer named by `settings`.
 
-    All of them decay the same layers: those with two or more dimensions. Those are
-    also the ones that LARS adapts. The others step at ``lr * trust_coefficient``, so
-    that nothing but this product counts; at a rate of LARS itself, biases without batch
-    norm blow up. LARC, whose rates are those of SGD, has no need of that.
+    Every optimizer decays the parameters with two or more dimensions, and LARS and LARC
+    adapt the same ones. LARS updates the others at ``lr * trust_coefficient``: at its
+    raw learning rate, biases diverge in a network without batch norm. As a result only
+    that product matters. LARC uses learning rates as small as those of SGD, so its
+    other parameters keep them.
     """
     s = settings
     if s.optimizer == "lars":
@@ -33,7 +34,7 @@ def build(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
             lr_placement="outside",
             clip=s.optimizer == "larc",
         )
-    plain = [
+    plain_groups = [
         {
             "params": [p for _, p in group["params"]],
             "weight_decay": s.weight_decay if group["decay"] else 0.0,
@@ -41,23 +42,23 @@ def build(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
         for group in groups
     ]
     if s.optimizer == "sgd":
-        return torch.optim.SGD(plain, lr=s.lr, momentum=s.momentum)
-    return torch.optim.AdamW(plain, lr=s.lr, betas=(s.momentum, 0.999))
+        return torch.optim.SGD(plain_groups, lr=s.lr, momentum=s.momentum)
+    return torch.optim.AdamW(plain_groups, lr=s.lr, betas=(s.momentum, 0.999))
 
 
 def schedule(
     settings: Settings, optimizer: torch.optim.Optimizer, steps: int
 ) -> lr_scheduler.LRScheduler:
-    """Make the schedule over `steps` steps: a linear warm-up, then the fall."""
-    warm = min(round(settings.warmup * steps), steps - 1)
-    rest = steps - warm
+    """Build the schedule over `steps` steps: a linear warm-up, then a decay."""
+    warmup = min(round(settings.warmup * steps), steps - 1)
+    remaining = steps - warmup
     if settings.schedule == "poly":
-        fall = lr_scheduler.PolynomialLR(optimizer, rest, POWER)
+        decay = lr_scheduler.PolynomialLR(optimizer, remaining, POLY_POWER)
     elif settings.schedule == "cosine":
-        fall = lr_scheduler.CosineAnnealingLR(optimizer, rest)
+        decay = lr_scheduler.CosineAnnealingLR(optimizer, remaining)
     else:
-        fall = lr_scheduler.ConstantLR(optimizer, 1.0)
-    if warm == 0:
-        return fall
-    rise = lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / (warm + 1))
-    return lr_scheduler.SequentialLR(optimizer, [rise, fall], [warm])
+        decay = lr_scheduler.ConstantLR(optimizer, 1.0)
+    if warmup == 0:
+        return decay
+    ramp = lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / (warmup + 1))
+    return lr_scheduler.SequentialLR(optimizer, [ramp, decay], [warmup])

@@ -1,7 +1,6 @@
-"""The picture of a study."""
+"""Plot the results of a study."""
 
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -9,19 +8,19 @@ from matplotlib.figure import Figure
 from larskit.app.results import Curves, Point
 from larskit.state import atomic
 
-COLOURS = {"lars": "C3", "larc": "C1", "sgd": "C0", "adamw": "C2"}
+COLORS = {"lars": "C3", "larc": "C1", "sgd": "C0", "adamw": "C2"}
 
 
 def plot(curves: Curves, path: Path) -> None:
-    """Draw accuracy against learning rate as a PNG.
+    """Plot test accuracy against learning rate and save a PNG.
 
     Parameters
     ----------
     curves : Curves
-        One panel per model (rows) and batch size (columns), one line per optimizer,
-        and a band from the worst seed to the best.
+        One panel per model (rows) and batch size (columns). Each optimizer is a line
+        through the means, with a band from its worst to its best seed.
     path : Path
-        The file; replaced when the picture is complete.
+        The file, written atomically.
     """
     models = list(dict.fromkeys(model for model, _ in curves))
     batch_sizes = list(dict.fromkeys(batch_size for _, batch_size in curves))
@@ -34,7 +33,7 @@ def plot(curves: Curves, path: Path) -> None:
         ax.set_title(f"{model}, batch {batch_size}", fontsize="medium")
         ax.grid(alpha=0.3)
         for optimizer, points in optimizers.items():
-            _draw(ax, points, label=optimizer, color=COLOURS[optimizer])
+            _plot_optimizer(ax, points, label=optimizer, color=COLORS[optimizer])
     for ax in axes[-1]:
         ax.set_xscale("log")
         ax.set_xlabel("learning rate")
@@ -46,11 +45,11 @@ def plot(curves: Curves, path: Path) -> None:
         figure.savefig(file, format="png")
 
 
-def _draw(ax: Axes, points: list[Point], **style: Any) -> None:
+def _plot_optimizer(ax: Axes, points: list[Point], *, label: str, color: str) -> None:
     lrs = [point.lr for point in points]
     means, lows, highs = (
         [100 * getattr(point, name) for point in points]
         for name in ("mean", "low", "high")
     )
-    ax.plot(lrs, means, "o-", markersize=3, **style)
-    ax.fill_between(lrs, lows, highs, alpha=0.2, linewidth=0, color=style["color"])
+    ax.plot(lrs, means, "o-", markersize=3, label=label, color=color)
+    ax.fill_between(lrs, lows, highs, alpha=0.2, linewidth=0, color=color)

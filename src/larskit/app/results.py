@@ -1,25 +1,40 @@
-"""What a study found: its file, and what can be read from it."""
+"""The results file of a study, its learning-rate curves and its best settings."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from larskit.app import InputError
-from larskit.app.settings import Settings
+from larskit.app.settings import Arguments, Settings
 from larskit.state import atomic
 
 FORMAT = "larskit.study/1"
 FILE = "results.json"
-MEASURES = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
+METRICS = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
 AXES = ("model", "batch_size", "optimizer", "lr")
 
-Cell = dict[str, Any]
+
+class Result(TypedDict):
+    """One finished training run.
+
+    `settings` are the fields of `Settings`, `data` is the fingerprint of the data.
+    Accuracies are from 0 to 1. A loss is None where it is not finite.
+    """
+
+    settings: Arguments
+    data: str
+    test_accuracy: float
+    test_loss: float | None
+    train_accuracy: float
+    train_loss: float | None
+    seconds: float
 
 
 class Point(NamedTuple):
-    """Mean, least and greatest test accuracy of trainings that differ in the seed."""
+    """Mean, minimum and maximum of the test accuracy over seeds, at one rate."""
 
     lr: float
     mean: float
@@ -31,8 +46,8 @@ Panel = tuple[str, int]
 Curves = dict[Panel, dict[str, list[Point]]]
 
 
-def load(path: Path) -> list[Cell]:
-    """Read the cells of a study.
+def load(path: Path) -> list[Result]:
+    """Read the results of a study.
 
     Parameters
     ----------
@@ -41,99 +56,115 @@ def load(path: Path) -> list[Cell]:
 
     Returns
     -------
-    list of dict
-        Per training: ``settings`` (a dict of `Settings`), ``data`` (a fingerprint),
-        ``test_accuracy`` and ``train_accuracy`` (of 1), ``test_loss`` and
-        ``train_loss`` (None where not finite), ``seconds``.
+    list of Result
+        One per training run.
 
     Raises
     ------
     InputError
-        The file is missing, truncated, corrupt or of another kind.
+        The file is missing, truncated or corrupt, or not written by `save`.
     """
     try:
-        found = json.loads(path.read_text("utf-8"))
-        if found["format"] != FORMAT:
-            raise ValueError(found["format"])
-        for cell in found["cells"]:
-            Settings(**cell["settings"])
-            if not {"data", *MEASURES} <= cell.keys():
-                raise KeyError("a measure")
-    except OSError as why:
-        raise InputError(f"{path} cannot be read: {why.strerror}") from why
-    except (ValueError, TypeError, KeyError, InputError) as why:
+        content = json.loads(path.read_text("utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(content["format"])
+        for result in content["cells"]:
+            Settings(**result["settings"])
+            if not {"data", *METRICS} <= result.keys():
+                raise KeyError("a metric is missing")
+    except OSError as error:
         raise InputError(
-            f"{path} is truncated or corrupt, or no result of larskit study"
-        ) from why
-    return found["cells"]
+            f"{path} cannot be read: {error.strerror}; pass the results.json of a study"
+        ) from error
+    except (ValueError, TypeError, KeyError, InputError) as error:
+        raise InputError(
+            f"{path} is truncated or corrupt, or was not written by larskit study: "
+            "delete it, or pass another file or folder"
+        ) from error
+    return content["cells"]
 
 
-def save(path: Path, cells: Iterable[Cell]) -> None:
-    """Write the cells, one a line, in place of what the file held."""
-    lines = ",\n".join(json.dumps(cell) for cell in cells)
+def save(path: Path, results: Iterable[Result]) -> None:
+    """Write the results atomically, one per line, and replace an existing file."""
+    lines = ",\n".join(json.dumps(result) for result in results)
     with atomic(path, "w") as file:
         file.write(f'{{"format": "{FORMAT}", "cells": [\n{lines}\n]}}\n')
 
 
-def identity(settings: dict[str, Any], data: str) -> str:
-    """Return what two trainings share if they need not both be run."""
+def run_key(settings: Arguments, data: str) -> str:
+    """Return a key that two training runs share if their results must be equal."""
     return json.dumps([settings, data], sort_keys=True)
 
 
-def curves(cells: Iterable[Cell]) -> Curves:
-    """Sort cells into panels (model and batch size), optimizers and learning rates."""
-    found: dict[Panel, dict[str, dict[float, list[float]]]] = {}
-    for cell in cells:
-        model, batch_size, optimizer, lr = (cell["settings"][axis] for axis in AXES)
-        by_lr = found.setdefault((model, batch_size), {}).setdefault(optimizer, {})
-        by_lr.setdefault(lr, []).append(cell["test_accuracy"])
+def curves(results: Iterable[Result]) -> Curves:
+    """Group results by panel (model and batch size), optimizer and learning rate."""
+    panels: dict[Panel, dict[str, dict[float, list[float]]]] = {}
+    for result in results:
+        model, batch_size, optimizer, lr = (result["settings"][axis] for axis in AXES)
+        by_lr = panels.setdefault((model, batch_size), {}).setdefault(optimizer, {})
+        by_lr.setdefault(lr, []).append(result["test_accuracy"])
     return {
         panel: {
             optimizer: [
-                Point(lr, mean(seeds), min(seeds), max(seeds))
-                for lr, seeds in sorted(by_lr.items())
+                Point(lr, mean(accuracies), min(accuracies), max(accuracies))
+                for lr, accuracies in sorted(by_lr.items())
             ]
             for optimizer, by_lr in optimizers.items()
         }
-        for panel, optimizers in found.items()
+        for panel, optimizers in panels.items()
     }
 
 
-def best(path: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a study that did best on average over the seeds.
+def best(path: Path, given: Arguments) -> Arguments:
+    """Return the settings of a study with the best mean test accuracy over seeds.
 
     Parameters
     ----------
     path : Path
         A file that `save` wrote.
     given : dict
-        Arguments of `Settings`. Those of the study's axes narrow the choice, the
-        others replace what the study had.
+        Arguments of `Settings`. Model, batch size, optimizer and learning rate
+        restrict the choice. The others replace the values of the study.
 
     Returns
     -------
     dict
-        Arguments of `Settings`, without the seed where it is not given. Of equal
-        accuracies the one of the least loss on the test images.
+        Arguments of `Settings`, with a seed only if one is given. The test loss breaks
+        a tie of the accuracies.
 
     Raises
     ------
     InputError
-        The file cannot be read, or nothing in it agrees with what is given.
+        The file cannot be read, or none of its runs matches `given`.
     """
-    narrowed = {axis: given[axis] for axis in AXES if axis in given}
-    groups: dict[str, list[Cell]] = {}
-    for cell in load(path):
-        settings = {k: v for k, v in cell["settings"].items() if k != "seed"}
-        if narrowed.items() <= settings.items():
-            groups.setdefault(identity(settings, cell["data"]), []).append(cell)
+    wanted = {axis: given[axis] for axis in AXES if axis in given}
+    groups: dict[str, list[Result]] = {}
+    for result in load(path):
+        settings = _without_seed(result["settings"])
+        if wanted.items() <= settings.items():
+            groups.setdefault(run_key(settings, result["data"]), []).append(result)
     if not groups:
-        raise InputError(f"{path} has no training with {narrowed or 'any settings'}")
-    winner = max(groups.values(), key=_merit)[0]["settings"]
-    return {**{k: v for k, v in winner.items() if k != "seed"}, **given}
+        options = " ".join(
+            f"--{axis.replace('_', '-')} {value}" for axis, value in wanted.items()
+        )
+        raise InputError(
+            f"{path} has no training run with {options}: omit an option or choose a "
+            "value of the study"
+            if options
+            else f"{path} has no training run: finish the study first"
+        )
+    best_group = max(groups.values(), key=_accuracy_and_negative_loss)
+    return {**_without_seed(best_group[0]["settings"]), **given}
 
 
-def _merit(seeds: list[Cell]) -> tuple[float, float]:
-    losses = [cell["test_loss"] for cell in seeds]
-    loss = float("inf") if None in losses else mean(losses)
-    return mean(cell["test_accuracy"] for cell in seeds), -loss
+def _without_seed(settings: Arguments) -> Arguments:
+    return {name: value for name, value in settings.items() if name != "seed"}
+
+
+def _accuracy_and_negative_loss(results: list[Result]) -> tuple[float, float]:
+    """Return the mean test accuracy, and minus the mean test loss as a tie-breaker."""
+    losses = [
+        math.inf if result["test_loss"] is None else result["test_loss"]
+        for result in results
+    ]
+    return mean(result["test_accuracy"] for result in results), -mean(losses)

@@ -1,9 +1,9 @@
-"""What one training is determined by: names, defaults, help and every message."""
+"""The settings of a training run: names, defaults, help texts and validation."""
 
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from larskit import config
 from larskit.app import InputError
@@ -13,13 +13,15 @@ Model = Literal["convnet", "convnet-plain", "resnet18", "resnet50"]
 Optimizer = Literal["lars", "larc", "sgd", "adamw"]
 Schedule = Literal["poly", "cosine", "constant"]
 Precision = Literal["float32", "bfloat16", "float16"]
+# Some fields of `Settings`, by name.
+Arguments = dict[str, Any]
 
 
 class Recipe(NamedTuple):
-    """What an optimizer does where the user says nothing.
+    """The defaults of an optimizer.
 
-    `lr` goes with `trust_coefficient`; `lrs` is the grid of a study, from below to
-    above the best rate.
+    `lr` is tuned for `trust_coefficient`. `lrs` is the grid of a study; it extends
+    below and above the best learning rate.
     """
 
     lr: float
@@ -28,7 +30,7 @@ class Recipe(NamedTuple):
     lrs: tuple[float, ...]
 
 
-# The trust coefficient of "larc" is the one of NVIDIA's apex.
+# The trust coefficient of "larc" is that of NVIDIA Apex.
 RECIPES: dict[str, Recipe] = {
     "lars": Recipe(4.0, 5e-4, 0.01, (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)),
     "larc": Recipe(0.8, 5e-4, 0.02, (0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)),
@@ -41,104 +43,118 @@ def _help(text: str) -> dict[str, str]:
     return {"help": text}
 
 
-def _each(what: str) -> str:
+def _defaults(field_name: str) -> str:
+    """List the default of each optimizer that has one."""
     return ", ".join(
-        f"{name} {getattr(recipe, what):g}"
+        f"{name} {getattr(recipe, field_name):g}"
         for name, recipe in RECIPES.items()
-        if getattr(recipe, what) is not None
+        if getattr(recipe, field_name) is not None
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One training. Equal settings and equal data give equal weights.
+    """The settings of a training run.
 
-    None for `lr`, `weight_decay` or `trust_coefficient` is replaced by the optimizer's
-    own value, see `RECIPES`; a path of data becomes absolute. Raises `InputError` for
-    what is out of range.
+    Equal settings and equal data give bitwise identical weights on the same kind of
+    machine.
+
+    `lr`, `weight_decay` and `trust_coefficient` default to the values of the optimizer
+    in `RECIPES`. A relative path in `data` becomes absolute. Raises `InputError` for an
+    invalid value.
     """
 
     data: str = field(
         default="digits",
         metadata=_help(
-            "digits (1,797 images of 8x8, inside scikit-learn), a folder of class "
-            "folders of images, or an .npz file with x and y"
+            "digits (1,797 images of 8x8, included in scikit-learn), a folder with one "
+            "folder of images per class, or an .npz file with x and y"
         ),
     )
     image_size: int | None = field(
         default=None,
-        metadata=_help("bring every image to this side (default: a folder's to 32)"),
+        metadata=_help(
+            "resize images to this height and width (default: 32 for a folder, else no "
+            "resizing)"
+        ),
     )
     model: Model = field(
         default="convnet",
         metadata=_help(
-            "the plain one is without batch norm; each process normalises what it "
-            "computes at a time"
+            "convnet-plain has no batch norm; the others normalize over the images "
+            "that one process computes at once"
         ),
     )
     optimizer: Optimizer = field(
-        default="lars", metadata=_help("larc is lars with its ratios clipped")
+        default="lars", metadata=_help("larc is LARS with clipped trust ratios")
     )
     batch_size: int = field(
-        default=64, metadata=_help("images per step, of all processes")
+        default=64, metadata=_help("images per step, over all processes")
     )
     accumulate: int = field(
         default=1,
-        metadata=_help("parts in which a batch is computed, to save memory"),
+        metadata=_help("gradient accumulation: split each batch into N parts"),
     )
     lr: float = field(
         default=cast(float, None),
         metadata=_help(
-            f"learning rate at its peak (default: {_each('lr')}; that of lars goes "
-            f"with a trust coefficient of {RECIPES['lars'].trust_coefficient:g}: only "
-            "their product counts)"
+            f"peak learning rate (default: {_defaults('lr')}; that of lars assumes a "
+            f"trust coefficient of {RECIPES['lars'].trust_coefficient:g}: only their "
+            "product matters)"
         ),
     )
     trust_coefficient: float = field(
         default=cast(float, None),
-        metadata=_help(f"eta of LARS (default: {_each('trust_coefficient')})"),
+        metadata=_help(f"eta of LARS (default: {_defaults('trust_coefficient')})"),
     )
     momentum: float = field(
-        default=Config.momentum, metadata=_help("of adamw: the first beta")
+        default=Config.momentum, metadata=_help("momentum; beta1 of adamw")
     )
     weight_decay: float = field(
         default=cast(float, None),
         metadata=_help(
-            f"of what has two or more dimensions (default: {_each('weight_decay')})"
+            "weight decay of parameters with two or more dimensions (default: "
+            f"{_defaults('weight_decay')})"
         ),
     )
     schedule: Schedule = field(
-        default="poly", metadata=_help("how the rate falls; poly is a square")
+        default="poly",
+        metadata=_help("learning-rate decay after the warm-up; poly is quadratic"),
     )
     warmup: float = field(
-        default=0.1, metadata=_help("part of the steps over which the rate rises")
+        default=0.1, metadata=_help("fraction of the steps with a linear warm-up")
     )
     epochs: int = field(default=20, metadata=_help("passes over the training images"))
     seed: int = field(
-        default=0, metadata=_help("of the weights and of the order of the images")
+        default=0,
+        metadata=_help("random seed of the initial weights and the image order"),
     )
     precision: Precision = field(
-        default="float32", metadata=_help("the other two are mixed; float16: GPU only")
+        default="float32",
+        metadata=_help("bfloat16 and float16 are mixed precision; float16 needs a GPU"),
     )
     device: str = field(
-        default="auto", metadata=_help("cpu, cuda, cuda:1, ...; auto: a GPU if any")
+        default="auto",
+        metadata=_help("cpu, cuda, cuda:1, ...; auto: a GPU if there is one"),
     )
     threads: int | None = field(
         default=None,
         metadata=_help(
-            "of the CPU, for each process (default: all cores, shared; in a study: 1)"
+            "CPU threads per process (default: the cores divided among the processes; "
+            "1 in a study)"
         ),
     )
 
     def __post_init__(self) -> None:
-        """Fill in what the optimizer decides, then check every field."""
+        """Fill in the defaults of the optimizer and check every field."""
         try:
             self._check()
-        except (TypeError, ValueError) as why:
-            raise InputError(f"--{why}".replace("_", "-", 1)) from why
+        except (TypeError, ValueError) as error:
+            # Every message starts with the name of a field; name the option instead.
+            raise InputError(f"--{error}".replace("_", "-", 1)) from error
 
     def _check(self) -> None:
-        for name, options in _WORDS.items():
+        for name, options in _CHOICES.items():
             config.choice(name, getattr(self, name), options)
         self._fill_in()
         for name, (allowed, holds) in _NUMBERS.items():
@@ -148,17 +164,20 @@ class Settings:
             Config(trust_coefficient=self.trust_coefficient)
         for name in ("image_size", "threads"):
             if getattr(self, name) is not None:
-                config.number(name, getattr(self, name), *_COUNT)
+                config.number(name, getattr(self, name), *_POSITIVE_INTEGER)
         if self.accumulate > self.batch_size:
             raise ValueError(
-                f"accumulate {self.accumulate} is more than the {self.batch_size} "
-                "images of a batch"
+                "accumulate must be at most the batch size of "
+                f"{self.batch_size}, got {self.accumulate}"
             )
 
     def _fill_in(self) -> None:
         recipe = RECIPES[self.optimizer]
         if recipe.trust_coefficient is None and self.trust_coefficient is not None:
-            raise ValueError(f"trust_coefficient means nothing to {self.optimizer}")
+            raise ValueError(
+                f"trust_coefficient does not apply to {self.optimizer}, got "
+                f"{self.trust_coefficient}: omit it, or pass --optimizer lars or larc"
+            )
         for name in ("lr", "weight_decay", "trust_coefficient"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(recipe, name))
@@ -166,7 +185,7 @@ class Settings:
             object.__setattr__(self, "data", str(Path(self.data).resolve()))
 
 
-_WORDS = {
+_CHOICES = {
     "model": Model,
     "optimizer": Optimizer,
     "schedule": Schedule,
@@ -174,17 +193,17 @@ _WORDS = {
 }
 
 
-def _whole(x: float) -> bool:
+def _is_positive_integer(x: float) -> bool:
     return isinstance(x, int) and x >= 1
 
 
-_COUNT = ("a whole number of at least 1", _whole)
+_POSITIVE_INTEGER = ("an integer of at least 1", _is_positive_integer)
 _NUMBERS = {
-    "batch_size": _COUNT,
-    "accumulate": _COUNT,
-    "epochs": _COUNT,
+    "batch_size": _POSITIVE_INTEGER,
+    "accumulate": _POSITIVE_INTEGER,
+    "epochs": _POSITIVE_INTEGER,
     "seed": (
-        "a whole number from 0 to 2**32",
+        "an integer from 0 to 2**32 - 1",
         lambda x: isinstance(x, int) and 0 <= x < 2**32,
     ),
     "lr": ("a finite number above 0", lambda x: 0 < x < math.inf),

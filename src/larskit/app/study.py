@@ -9,8 +9,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import groupby, product
+from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,18 +18,20 @@ from rich.table import Table
 from larskit.app import InputError, results
 from larskit.app.data import Data, read
 from larskit.app.plot import plot
-from larskit.app.ranks import here
-from larskit.app.results import Cell, Curves, Point
-from larskit.app.settings import RECIPES, Settings
-from larskit.app.train import prepare, progress_bar, stopping
-from larskit.app.trainer import Trainer, check
+from larskit.app.ranks import current_ranks
+from larskit.app.results import Curves, Point, Result
+from larskit.app.settings import RECIPES, Arguments, Settings
+from larskit.app.train import catch_signals, make_folder, progress_bar
+from larskit.app.trainer import Trainer, select_device
 
-POLL = 0.2
-USABLE = 0.01
+# Seconds between two looks at the signals.
+POLL_SECONDS = 0.2
+# The table lists the learning rates with an accuracy this close to the best.
+NEAR_BEST = 0.01
 
 
 def grid(
-    given: dict[str, Any],
+    given: Arguments,
     *,
     models: Sequence[str],
     optimizers: Sequence[str],
@@ -37,41 +39,41 @@ def grid(
     lrs: Iterable[tuple[str, Sequence[float]]] = (),
     seeds: int,
 ) -> list[Settings]:
-    """Return the settings of every training of a study.
+    """Return the settings of every run of a study.
 
     Parameters
     ----------
     given : dict
-        Arguments of `Settings` that all share; what means nothing to an optimizer is
-        omitted for it.
+        Arguments of `Settings` for all runs. A trust coefficient is dropped for
+        optimizers without one.
     models, optimizers : sequence of str
-        As in `Settings`.
+        Values of `Settings.model` and `Settings.optimizer`.
     batch_sizes : sequence of int
         Images per step.
     lrs : iterable of (str, sequence of float)
-        Learning rates of an optimizer, in place of those in its recipe.
+        An optimizer and its learning rates, which replace those of its recipe.
     seeds : int
-        How many trainings of each kind, with seeds from `Settings.seed` on.
+        The number of seeds. They start at `Settings.seed`.
 
     Returns
     -------
     list of Settings
-        Seed by seed: a study that is stopped has seen the whole grid.
+        Ordered by seed, so that a study that is stopped early covers the whole grid.
     """
-    own = dict(lrs)
-    for optimizer in own:
+    custom = dict(lrs)
+    for optimizer in custom:
         if optimizer not in optimizers:
             raise InputError(
-                f"--lrs names {optimizer!r}, which is not among --optimizers "
-                f"{' '.join(optimizers)}"
+                f"--lrs has rates for {optimizer!r}, which is not among --optimizers "
+                f"{' '.join(optimizers)}: add it there, or remove its rates"
             )
     first = Settings(**given).seed
-    cells = product(range(first, first + seeds), models, batch_sizes, optimizers)
+    runs = product(range(first, first + seeds), models, batch_sizes, optimizers)
     return [
         Settings(
             **{
                 "threads": 1,
-                **_meant_for(optimizer, given),
+                **_applicable(optimizer, given),
                 "model": model,
                 "optimizer": optimizer,
                 "batch_size": batch_size,
@@ -79,87 +81,89 @@ def grid(
                 "seed": seed,
             }
         )
-        for seed, model, batch_size, optimizer in cells
-        for lr in own.get(optimizer, RECIPES[optimizer].lrs)
+        for seed, model, batch_size, optimizer in runs
+        for lr in custom.get(optimizer, RECIPES[optimizer].lrs)
     ]
 
 
-def _meant_for(optimizer: str, given: dict[str, Any]) -> dict[str, Any]:
+def _applicable(optimizer: str, given: Arguments) -> Arguments:
+    """Drop a trust coefficient if the optimizer has none."""
     if RECIPES[optimizer].trust_coefficient is not None:
         return given
     return {k: v for k, v in given.items() if k != "trust_coefficient"}
 
 
 def study(
-    cells: Sequence[Settings], out: str, *, jobs: int, console: Console | None = None
+    runs: Sequence[Settings], out: str, *, jobs: int, console: Console | None = None
 ) -> int:
-    """Train with each of many settings, and show how they compare.
+    """Train with each of the settings, then tabulate and plot the results.
 
-    The folder gets ``results.json``, complete after every training, and
-    ``study.png``. A training that ``results.json`` holds already is not run again.
+    ``results.json`` is rewritten atomically after every run, and ``study.png`` when all
+    are finished. Runs whose result is already in ``results.json`` are skipped.
 
     Parameters
     ----------
-    cells : sequence of Settings
-        As `grid` returns them.
+    runs : sequence of Settings
+        The settings of each run, as `grid` returns them.
     out : str
-        The folder; made if need be.
+        The folder. It is created if it does not exist.
     jobs : int
-        How many processes train at a time.
+        The number of processes that train in parallel.
     console : rich.console.Console, optional
-        Where to show progress and table.
+        The console that shows the progress and the table.
 
     Returns
     -------
     int
-        0 when all is done; 1 when a process died; 128 plus the signal's number when
-        SIGINT or SIGTERM stopped it.
+        0 if all runs finished; 1 if a process died; 128 plus the signal number if
+        SIGINT or SIGTERM stopped the study.
 
     Raises
     ------
     InputError
-        Before anything is written.
+        The settings, data or folder cannot be used. Nothing has been written.
     """
-    if here().launched:
+    if current_ranks().launched:
         raise InputError(
-            "larskit study starts processes of its own, see --jobs: run it without "
-            "torchrun"
+            "larskit study was started by torchrun, but it starts its own processes: "
+            "run it without torchrun, and set their number with --jobs"
         )
     console, folder = console or Console(), Path(out)
     path = folder / results.FILE
-    known = _by_identity(results.load(path)) if path.exists() else {}
-    data = read(cells[0].data, cells[0].image_size)
-    for settings in cells:
-        check(settings, data, here())
-    wanted = {results.identity(asdict(s), data.fingerprint): s for s in cells}
-    missing = [s for key, s in wanted.items() if key not in known]
-    prepare(folder)
+    finished = _by_key(results.load(path)) if path.exists() else {}
+    data = read(runs[0].data, runs[0].image_size)
+    for settings in runs:
+        select_device(settings, data, current_ranks())
+    wanted = {results.run_key(asdict(s), data.fingerprint): s for s in runs}
+    missing = [s for key, s in wanted.items() if key not in finished]
+    make_folder(folder)
 
-    def keep(cell: Cell) -> None:
-        known.update(_by_identity([cell]))
-        results.save(path, known.values())
+    def record(result: Result) -> None:
+        finished.update(_by_key([result]))
+        results.save(path, finished.values())
 
     code = 0
     if missing:
-        with _display(len(wanted), len(missing), console) as show:
-            code = _run(missing, data, min(jobs, len(missing)), keep, show)
+        with _progress(len(wanted), len(missing), console) as show:
+            code = _run(missing, data, min(jobs, len(missing)), record, show)
     if code:
-        why = "A process died, perhaps out of memory. " if code == 1 else ""
+        count = sum(key in finished for key in wanted)
+        reason = "A process died, possibly out of memory. " if code == 1 else ""
         console.print(
-            f"{why}{sum(key in known for key in wanted)} of {len(wanted)} trainings "
-            f"are in {path}; the same command resumes there.",
+            f"{reason}{count} of {len(wanted)} training runs are in {path}. Repeat the "
+            "same command to continue.",
             soft_wrap=True,
         )
         return code
-    curves = results.curves(known[key] for key in wanted)
+    curves = results.curves(finished[key] for key in wanted)
     console.print(table(curves))
     plot(curves, folder / "study.png")
-    console.print(f"All of it is in {path}, drawn in {folder / 'study.png'}")
+    console.print(f"Results: {path}; plot: {folder / 'study.png'}")
     return 0
 
 
 def table(curves: Curves) -> Table:
-    """Show the best rate of each optimizer, and the rates that are nearly as good."""
+    """Tabulate the best learning rate of each optimizer, and those close to it."""
     headings = (
         "model",
         "batch",
@@ -169,59 +173,59 @@ def table(curves: Curves) -> Table:
         "at lr",
         "good lrs",
     )
-    made = Table(
+    tabulated = Table(
         *headings,
-        title="Accuracy on the test images in %",
-        caption=f"good lrs: within {USABLE:.0%} of the best that any optimizer does",
+        title="Test accuracy in %",
+        caption=f"good lrs: accuracy within {NEAR_BEST:.0%} of the best optimizer",
     )
     for (model, batch_size), optimizers in curves.items():
         top = max(point.mean for points in optimizers.values() for point in points)
         for optimizer, points in optimizers.items():
             best = max(points, key=lambda point: point.mean)
-            made.add_row(
+            tabulated.add_row(
                 model,
                 str(batch_size),
                 optimizer,
                 f"{100 * best.mean:.2f}",
                 f"{100 * best.low:.1f}-{100 * best.high:.1f}",
                 f"{best.lr:g}",
-                _ranges(points, top - USABLE),
+                _ranges(points, top - NEAR_BEST),
             )
-        made.add_section()
-    return made
+        tabulated.add_section()
+    return tabulated
 
 
 def _ranges(points: Iterable[Point], floor: float) -> str:
-    """Say between which rates the mean accuracy is at least `floor`."""
+    """Format the ranges of rates whose mean accuracy is at least `floor`."""
     runs = groupby(points, lambda point: point.mean >= floor)
     rates = [[f"{point.lr:g}" for point in run] for good, run in runs if good]
     return ", ".join("-".join(dict.fromkeys((r[0], r[-1]))) for r in rates) or "none"
 
 
-def _by_identity(cells: Iterable[Cell]) -> dict[str, Cell]:
-    return {results.identity(cell["settings"], cell["data"]): cell for cell in cells}
+def _by_key(found: Iterable[Result]) -> dict[str, Result]:
+    return {results.run_key(x["settings"], x["data"]): x for x in found}
 
 
 def _run(
     missing: Sequence[Settings],
     data: Data,
     jobs: int,
-    keep: Callable[[Cell], None],
-    show: Callable[[Cell], None],
+    record: Callable[[Result], None],
+    show: Callable[[Result], None],
 ) -> int:
-    """Train in `jobs` processes, and hand each result on; return the exit code."""
+    """Train in `jobs` processes, record each result, and return the exit code."""
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    pool = ProcessPoolExecutor(jobs, context, _begin, (data, stop))
-    with stopping() as signals:
-        with _deaf():
-            pending = {pool.submit(_measure, settings) for settings in missing}
+    pool = ProcessPoolExecutor(jobs, context, _start_worker, (data, stop))
+    with catch_signals() as signals:
+        with _ignoring_sigint():
+            pending = {pool.submit(_train, settings) for settings in missing}
         try:
             while pending and not signals:
-                done, pending = wait(pending, POLL, FIRST_COMPLETED)
-                for cell in filter(None, [future.result() for future in done]):
-                    keep(cell)
-                    show(cell)
+                done, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
+                for result in filter(None, [future.result() for future in done]):
+                    record(result)
+                    show(result)
         except BrokenProcessPool:
             return 1
         finally:
@@ -231,50 +235,57 @@ def _run(
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
-    """Ignore Ctrl-C; processes that start meanwhile ignore it all their life."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignoring_sigint() -> Iterator[None]:
+    """Ignore SIGINT. Processes that start inside the block inherit this for good."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
-_given: dict[str, Any] = {}
+_data: Data
+_stop: Event
 
 
-def _begin(data: Data, stop: Any) -> None:
-    """Prepare a process to train many times."""
-    _given.update(data=data, stop=stop)
+def _start_worker(data: Data, stop: Event) -> None:
+    """Store what all runs of a worker process share."""
+    global _data, _stop
+    _data, _stop = data, stop
 
 
-def _measure(settings: Settings) -> Cell | None:
-    """Train once; None if stopped."""
-    begun = time.perf_counter()
-    trainer = Trainer(settings, _given["data"], test_last=True)
+def _train(settings: Settings) -> Result | None:
+    """Train once in a worker process; return None if the study is stopped."""
+    started = time.perf_counter()
+    trainer = Trainer(settings, _data, test_last=True)
     for _ in trainer.run():
-        if _given["stop"].is_set():
+        if _stop.is_set():
             return None
     last = trainer.history[-1]
     return {
         "settings": asdict(settings),
         "data": trainer.data.fingerprint,
-        **{name: last[name] for name in results.MEASURES},
-        "seconds": round(time.perf_counter() - begun, 3),
+        "test_accuracy": last["test_accuracy"],
+        "test_loss": last["test_loss"],
+        "train_accuracy": last["train_accuracy"],
+        "train_loss": last["train_loss"],
+        "seconds": round(time.perf_counter() - started, 3),
     }
 
 
 @contextmanager
-def _display(
+def _progress(
     total: int, missing: int, console: Console
-) -> Iterator[Callable[[Cell], None]]:
-    """Show a bar on a terminal, elsewhere one line per training."""
+) -> Iterator[Callable[[Result], None]]:
+    """Show a progress bar on a terminal, and one line per run elsewhere."""
     with progress_bar(console) as bar:
         task = bar.add_task("", total=total, completed=total - missing)
 
-        def show(cell: Cell) -> None:
+        def show(result: Result) -> None:
             line = "{model}, {batch_size}, {optimizer}, lr {lr:g}, seed {seed}"
-            line = line.format(**cell["settings"]) + f": {cell['test_accuracy']:.2%}"
+            line = (
+                line.format(**result["settings"]) + f": {result['test_accuracy']:.2%}"
+            )
             bar.update(task, advance=1, description=line)
             if bar.disable:
                 console.print(line)

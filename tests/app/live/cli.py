@@ -1,6 +1,7 @@
-"""The command line, with something that happens to one rank after a given step.
+"""Run the command line, and make one rank fail after a given step.
 
-Run through torchrun by test_ranks.py: rank, step, what happens, then arguments.
+test_torchrun.py runs it with torchrun. Arguments: the rank, the step, the event, then
+those of larskit.
 """
 
 import os
@@ -8,7 +9,9 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
+
+import torch
 
 import larskit.app.train
 from larskit.app import InputError, ranks
@@ -20,7 +23,7 @@ original = Trainer._step
 ranks.GRACE = 1.0
 
 
-def happens() -> None:
+def fail() -> None:
     if event == "hangs":
         (Path(arguments[arguments.index("--out") + 1]) / event).touch()
         time.sleep(60)
@@ -28,17 +31,17 @@ def happens() -> None:
         os.kill(os.getpid(), getattr(signal, event))
 
 
-def watched(self: Any, indices: Any) -> None:
+def step_and_fail(self: Trainer, indices: torch.Tensor) -> None:
     original(self, indices)
     if (self.ranks.rank, self.step) == (int(victim), int(step)):
-        happens()
+        fail()
 
 
-def blind(*args: Any) -> None:
-    raise InputError("nothing to be seen")
+def unreadable(*args: object) -> NoReturn:
+    raise InputError("the data cannot be read")
 
 
-if event == "is blind" and os.environ["RANK"] == victim:
-    larskit.app.train.read = blind
-Trainer._step = watched
+if event == "cannot read" and os.environ["RANK"] == victim:
+    larskit.app.train.read = unreadable
+Trainer._step = step_and_fail
 raise SystemExit(main(arguments))

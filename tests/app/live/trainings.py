@@ -1,8 +1,8 @@
-"""Trainings of several ranks, whole and stopped, as test_ranks.py names them.
+"""Train in several ranks: full, stopped and resumed runs.
 
-Run through torchrun: a folder, and a JSON file with a list of [name, event, arguments]
-in it. An event is what happens before: a signal to the second rank after the fourth
-step, or another folder to go on from.
+test_torchrun.py runs it with torchrun. Arguments: a folder, and a JSON file with a list
+of [name, event, arguments]. The event "signal" stops the run with a signal to the
+second rank after the fourth step. Another event is the folder of a run to resume.
 """
 
 import json
@@ -24,27 +24,27 @@ STEP = Trainer._step
 trainers: list[Trainer] = []
 
 
-def signalled(self: Trainer, indices: torch.Tensor) -> None:
+def step_and_signal(self: Trainer, indices: torch.Tensor) -> None:
     STEP(self, indices)
     if (self.ranks.rank, self.step) == (1, 3):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def kept(self: Trainer, *args: Any, **kwargs: Any) -> None:
+def record(self: Trainer, *args: Any, **kwargs: Any) -> None:
     trainers.append(self)
     INIT(self, *args, **kwargs)
 
 
 INIT = Trainer.__init__
-Trainer.__init__ = kept
+Trainer.__init__ = record
 
 
 def statistics_agree() -> bool:
     """Whether batch norm has the same statistics on all ranks."""
-    own = [b.tolist() for b in trainers[-1].model.buffers()]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found == [own] * len(found)
+    local = [b.tolist() for b in trainers[-1].model.buffers()]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, local)
+    return gathered == [local] * len(gathered)
 
 
 def run(out: Path, event: str | None, given: dict[str, Any]) -> tuple[int, bool]:
@@ -53,7 +53,7 @@ def run(out: Path, event: str | None, given: dict[str, Any]) -> tuple[int, bool]
         if dist.get_rank() == 0:
             shutil.copytree(out.parent / event, out)
         dist.barrier()
-    Trainer._step = signalled if event == "signal" else STEP
+    Trainer._step = step_and_signal if event == "signal" else STEP
     resume = event not in (None, "signal")
     code = train(given, str(out), resume=resume, shard=shard)
     return code, statistics_agree()
@@ -61,7 +61,7 @@ def run(out: Path, event: str | None, given: dict[str, Any]) -> tuple[int, bool]
 
 def main() -> None:
     folder, plan = map(Path, sys.argv[1:])
-    with ranks.joined():
+    with ranks.process_group():
         results = {
             name: run(folder / name, event, given)
             for name, event, given in json.loads(plan.read_text())
