@@ -1,4 +1,4 @@
-"""Train an image classifier, compare optimizers, or show the available engines."""
+"""Train an image classifier, compare optimizers, or inspect this installation."""
 
 import argparse
 import os
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(
         commands,
         "doctor",
-        "Show the available engines, and why others are not.",
+        "Show this machine, the available engines and the installed packages.",
         _doctor,
     )
     return parser

@@ -1,4 +1,4 @@
-"""Labelled images from scikit-learn's digits, a folder of class folders or an npz."""
+"""Labeled images from scikit-learn's digits, a folder of class folders or an npz."""
 
 import hashlib
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ class Data:
 
 
 def read(source: str, image_size: int | None = None) -> Data:
-    """Read labelled images.
+    """Read labeled images.
 
     Parameters
     ----------
