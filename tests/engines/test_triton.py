@@ -1,5 +1,6 @@
 """Triton's kernels against the reference, on the GPU or in Triton's interpreter."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from larskit import rule
 from larskit.config import NAMES, Config
 from larskit.engines import (
     Layers,
@@ -189,6 +191,74 @@ def test_a_group_steps_once_along_its_gradients():
         group.step_(1.0, Config(momentum=0.0))
 
 
+def scaling(w, g, config, out: Any = None):
+    """Bind one layer whose gradient is scaled."""
+    layers = Layers([w], [g], [None], [True], [True], out)
+    return triton.bind(layers, config, scales_gradients=True)
+
+
+def test_gradients_are_scaled_once():
+    """Their memory may be used for something else afterwards."""
+    group = scaling(full(1, 4), full(1, 4), Config(), out=[None])
+    group.scale_gradients(Config())
+    for call in (group.scale_gradients, group.norms):
+        with pytest.raises(AssertionError, match="rebind the group before the next"):
+            call(Config())
+
+
+@pytest.mark.parametrize("what", ["step", "scaled in place", "scaled"])
+def test_no_gradient_is_held_longer_than_a_call(what):
+    w, g = full(1, 4), full(1, 4)
+    if what == "step":
+        group = bound([w], [g])
+        group.step_(0.5, Config())
+    else:
+        group = scaling(w, g, Config(), out=[None] if what == "scaled" else None)
+        group.scale_gradients(Config())
+    held = weakref.ref(g)
+    del g
+    assert held() is None
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_gradients_are_scaled_as_in_a_first_step(nesterov):
+    config = Config(
+        denominator="momentum",
+        lr_placement="outside",
+        dampening=0.5,
+        nesterov=nesterov,
+        weight_decay=0.1,
+    )
+    w, g = (array(None, torch.float32, BLOCK + 5).to(DEVICE) for _ in range(2))
+    expected = rule.scaled_gradient(w, g, config)
+    (found,) = scaling(w, g, config).scale_gradients(config)
+    assert found is g
+    assert torch.equal(found, expected)
+
+
+def test_weights_that_cannot_be_written_may_scale_gradients():
+    with torch.inference_mode():
+        w = full(1, 4)
+    g = full(2, 4)
+    scaling(w, g, Config()).scale_gradients(Config())
+    assert g.tolist() == pytest.approx([1e-3] * 4)
+
+
+@pytest.mark.parametrize("on_device", [True, False], ids=["dev", "bool"])
+@pytest.mark.parametrize("buffers", [True, False], ids=["v", "no v"])
+def test_a_skipped_update_is_measured(on_device, buffers):
+    found = []
+    for flag in (True, False):
+        group, w, *_ = make(3, BLOCK + 3, buffers=buffers)
+        before = [x.clone() for x in w]
+        apply_if = torch.tensor(flag, device=DEVICE) if on_device else flag
+        group.step_(0.5, Config(), apply_if=apply_if, full_stats=True)
+        assert same(w, before) is not flag
+        assert on_device or flag or (group.buffers[0] is None) is not buffers
+        found.append(group.stats.update_norm.tolist())
+    assert found[0] == found[1]
+
+
 def test_hyper_parameters_on_the_device_are_read_there():
     group, w, g, _ = make(4)
     lr, wd = full(0.5), full(0.25)
@@ -298,6 +368,19 @@ def test_carried_squares_are_used_until_somebody_writes():
     assert group.rebind(g)
     group.step_(0.0, config)
     assert group.stats.weight_norm.tolist() == [18.0, 18.0]
+
+
+@pytest.mark.parametrize("flag", [True, False], ids=["apply", "skip"])
+def test_squares_are_carried_from_what_was_measured(flag):
+    """A skipped step leaves none, and none are there where norms were given."""
+    config = Config(momentum=0.0)
+    group, w, g, _ = make(4, config=config, carry_norms=True)
+    group._sums.fill_(torch.nan)
+    norms = full(1, 1).double(), full(1, 1).double()
+    group.step_(1.0, config, norms, apply_if=torch.tensor(flag, device=DEVICE))
+    assert group.rebind(g)
+    group.step_(0.0, config)
+    assert group.stats.weight_norm[0] == w[0].double().norm()
 
 
 @pytest.mark.parametrize("config", CONFIGS[::17])

@@ -120,39 +120,44 @@ class Group:
         scales_gradients: bool = False,
     ) -> None:
         """Check the tensors, and write their addresses into the tables."""
-        self._dtypes = _checked(layers)
-        self._layers, self._switches = layers, switches
+        self._dtypes = _checked(layers, scales_gradients)
         self._in_place = scales_gradients and layers.out is None
-        self._out = _out(layers, config, scales_gradients)
+        self._out = [] if self._in_place else _out(layers, config, scales_gradients)
         _check_out(layers, self._out, self._dtypes, scales_gradients)
+        # Nothing keeps gradients after the call that uses them, nor their memory.
+        self._layers, self._switches = layers._replace(gradients=()), switches
+        self._gradients: list[Tensor] = list(layers.gradients)
         self.weights: list[Tensor] = list(layers.weights)
         self.buffers: list[Tensor | None] = list(layers.buffers)
         self._scales = scales_gradients
         # Without momentum too, buffers are written if all layers have one.
         has_out = all(x is not None for x in self._out)
         self._has_buffers = has_out and not scales_gradients
-        self._gradients: list[Tensor] = list(layers.gradients)
-        self._gradient_dtype = self._gradients[0].dtype
+        self._missing = [] if scales_gradients else self._new_buffers()
+        self._summed: list[int] | None = None  # see `_knows_squares`
+        self._full_stats = False
+        self._keep_places()
+        self._make_tables()
+
+    def _new_buffers(self) -> list[Tensor]:
+        """Return the buffers that the first step will write."""
+        pairs = zip(self.buffers, self._out, strict=True)
+        return [new for old, new in pairs if old is None and new is not None]
+
+    def _keep_places(self) -> None:
+        """Keep what must be as it is when other gradients are bound."""
         self._device = self.weights[0].device
         self._stream = _stream(self._device)
         self.captured = conditional.is_capturing(self._device)
-        fixed = [] if self._in_place else [x for x in self._out if x is not None]
-        self._fixed = [*self.weights, *fixed]
+        self._fixed = [*self.weights, *(x for x in self._out if x is not None)]
         self._places = _addresses(self._fixed)
         self._strides = _strides(self.weights), _strides(self._gradients)
-        self._missing = [
-            new
-            for old, new in zip(self.buffers, self._out, strict=True)
-            if old is None and new is not None and not scales_gradients
-        ]
-        self._carried: list[Any] | None = None  # marks of weights whose norms are known
-        self._full_stats = False
-        self._make_tables()
+        self._gradient_dtype = self._gradients[0].dtype
 
     def _make_tables(self) -> None:
-        layers = self._layers
+        layers, gradients = self._layers, self._gradients
         buffers = [None] * len(self.weights) if self._scales else layers.buffers
-        columns = layers.weights, layers.gradients, self._out, buffers
+        columns = layers.weights, gradients, self._out or gradients, buffers
         addresses = [[address(x) for x in column] for column in columns]
         sizes = [w.numel() * (2 if w.is_complex() else 1) for w in self.weights]
         blocks = [-(-size // kernels.BLOCK.value) for size in sizes]
@@ -196,8 +201,6 @@ class Group:
             self._write_addresses(addresses)
         self.captured = captures
         self._gradients = gradients
-        if self._in_place:
-            self._out = list(gradients)
         return True
 
     def _write_addresses(self, addresses: list[int]) -> None:
@@ -231,36 +234,39 @@ class Group:
         full_stats: bool = False,
     ) -> None:
         """Move every layer along the gradients that were bound last, once."""
-        assert self._gradients, (
-            "these gradients were used already: rebind the group before the next step"
-        )
-        if isinstance(apply_if, Tensor) and dampens_first(self.buffers, config):
-            apply_if = bool(apply_if)
-        flag = beside(apply_if, self.weights[0]) if _is_tensor(apply_if) else None
-        applies = flag is not None or bool(apply_if)
-        self._full_stats = full_stats
+        applies = self._decided(apply_if, config)
+        flag = self._flag(applies, full_stats)
         how = self._variant(
             config,
             unscales=grad_scale is not None,
             conditional=flag is not None,
-            carries=self._switches.carry_norms and applies,
+            carries=self._switches.carry_norms,
             full_stats=full_stats,
         )
         arguments = self._arguments(lr, config, grad_scale, flag)
-        if flag is not None:  # the device may skip the step, and leaves zeros then
+        if isinstance(applies, Tensor):  # a step that the device skips leaves zeros
             for v in self._missing:
                 v.zero_()
             self._begin()
         with _current(self._device):
             self._measure(arguments, how, norms)
-            if applies:
+            if applies is not False or full_stats:
                 self._move(arguments, how)
-        self._gradients = []
-        if applies:
-            self._begin()
-            self._carried = self._marks() if how.carries else None
-        elif full_stats:
-            self._stats[3].zero_()
+        if applies is not False:
+            self._note_written(applies)
+        self._gradients, self._full_stats = [], full_stats
+
+    def _decided(self, apply_if: bool | Array, config: Config) -> bool | Tensor:
+        """Return whether to apply a step: a bool, or a tensor that the device reads."""
+        if isinstance(apply_if, Tensor) and not dampens_first(self.buffers, config):
+            return beside(apply_if, self.weights[0])
+        return bool(apply_if)
+
+    def _flag(self, applies: bool | Tensor, full_stats: bool) -> Tensor | None:
+        """Return what tells `move` to write nothing, if something does."""
+        if applies is False and full_stats:  # the update is measured all the same
+            return torch.zeros((), dtype=torch.bool, device=self._device)
+        return applies if isinstance(applies, Tensor) else None
 
     def _measure(
         self, arguments: Any, how: Variant, norms: Norms | None = None
@@ -268,6 +274,7 @@ class Group:
         """Compute the norms, unless they are given, and the trust ratios."""
         if norms is None:
             _launch(kernels.measure, self._blocks, *arguments, how)
+            self._summed = self._versions()
         else:
             for own, given in zip(self._stats[:2], norms, strict=True):
                 own.copy_(given)
@@ -278,7 +285,14 @@ class Group:
         _launch(kernels.move, self._blocks, *arguments, how)
         if how.full_stats:
             _launch(kernels.finish_update, len(self.weights), *arguments, how)
+
+    def _note_written(self, applies: bool | Tensor) -> None:
+        """Take account of the weights and buffers that a step writes."""
+        # Where the device skips the step, the squares are those of before.
+        known = applies is True or self._knows_squares()
         torch.autograd.graph.increment_version(self._fixed)
+        self._summed = self._versions() if known else None
+        self._begin()
 
     def _begin(self) -> None:
         """Use the new buffers from now on."""
@@ -312,7 +326,7 @@ class Group:
         with _current(self._device):
             self._measure(arguments, how, norms)
             _launch(kernels.scale, self._blocks, *arguments, how)
-        results = [x for x in self._out if x is not None]  # which all are there
+        results = [x for x in self._out or self._gradients if x is not None]
         torch.autograd.graph.increment_version(results)
         self._gradients = []
         return results
@@ -329,6 +343,9 @@ class Group:
         A tensor is read where it is, at each step; what comes from another device is
         copied without waiting.
         """
+        assert self._gradients, (
+            "these gradients were used already: rebind the group before the next step"
+        )
         w = self.weights[0]
         lr, grad_scale = beside(lr, w), beside(grad_scale, w)
         for i, name in enumerate(NUMBERS):
@@ -360,17 +377,24 @@ class Group:
         decays = not is_zero(config.weight_decay) and any(layers.decay)
         choices = {name: getattr(config, name) for name in CHOICES}
         choices |= {"adapt": any(layers.adapt), "decay": decays}
-        carried = self._carried is not None and self._carried == self._marks()
+        # Gradients are scaled as in a first step: the kernels read buffers of zeros.
+        starts = config.denominator == "momentum" and not is_zero(config.momentum)
         return _variant(
             *self._dtypes,
             tuple(choices.values()),
-            momentum=self._has_buffers,
-            carried=carried,
+            momentum=starts if self._scales else self._has_buffers,
+            carried=self._knows_squares(),
             **how,
         )
 
-    def _marks(self) -> list[Any]:
-        """Return what changes when another caller writes a weight."""
+    def _knows_squares(self) -> bool:
+        """Whether the table of sums has the squares of the weights as they are."""
+        return self._switches.carry_norms and self._summed == self._versions()
+
+    def _versions(self) -> list[int] | None:
+        """Return what changes when another caller writes a weight, if it matters."""
+        if not self._switches.carry_norms:
+            return None
         return [w._version for w in self.weights]
 
 
@@ -385,7 +409,7 @@ def _variant(
     return Variant(*dtypes, compute, **named)
 
 
-def _checked(layers: Layers) -> tuple[str, str]:
+def _checked(layers: Layers, scales: bool) -> tuple[str, str]:
     """Refuse tensors that the kernels cannot use; return the dtypes of w and g."""
     if why := unavailable():
         raise Unsupported(why)
@@ -401,8 +425,9 @@ def _checked(layers: Layers) -> tuple[str, str]:
     ):
         raise Unsupported(f"weight 0 is {w_dtype} and its gradient {g_dtype}")
     where = str(device)
-    check("weight", weights, weights, w_dtype, where, written=layers.out is None)
-    check("gradient", gradients, weights, g_dtype, where)
+    in_place = scales and layers.out is None
+    check("weight", weights, weights, w_dtype, where, written=not scales)
+    check("gradient", gradients, weights, g_dtype, where, written=in_place)
     check("momentum buffer", layers.buffers, weights, w_dtype, where)
     return w_dtype, g_dtype
 
@@ -412,9 +437,7 @@ def _out(layers: Layers, config: Config, scales: bool) -> list[Tensor | None]:
     if not scales:
         keeps = not is_zero(config.momentum)
         return new_buffers(layers.weights, layers.buffers, keeps)
-    if layers.out is None:
-        return list(layers.gradients)
-    pairs = zip(layers.gradients, layers.out, strict=True)
+    pairs = zip(layers.gradients, layers.out or (), strict=True)
     return [torch.empty_like(g) if out is None else out for g, out in pairs]
 
 
@@ -422,12 +445,9 @@ def _check_out(
     layers: Layers, out: list[Tensor | None], dtypes: tuple[str, str], scales: bool
 ) -> None:
     what, dtype = ("result", dtypes[1]) if scales else ("momentum buffer", dtypes[0])
-    where = str(layers.weights[0].device)
-    check(what, out, layers.weights, dtype, where, written=True)
-
-
-def _is_tensor(x: object) -> bool:
-    return isinstance(x, Tensor)
+    if out:
+        where = str(layers.weights[0].device)
+        check(what, out, layers.weights, dtype, where, written=True)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
