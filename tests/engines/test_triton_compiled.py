@@ -37,7 +37,7 @@ def test_launches_are_bound_and_compiled_once(run):
 
 def test_every_target_and_variant_is_there(compiled):
     assert {row["target"] for row in compiled} == {"cuda 80", "cuda 90", "hip gfx942"}
-    assert len(compiled) == 3 * (4 * 7 + 2)
+    assert len(compiled) == 3 * (4 * 8 + 2)
 
 
 def test_whole_blocks_are_read_and_written_in_vectors(compiled):
@@ -51,6 +51,13 @@ def test_whole_blocks_are_read_and_written_in_vectors(compiled):
             arrays += 1
         vectors = sum(n for op, n in row["loads"].items() if ".v" in op)
         assert vectors == sum(8 * size // 16 for size in row["bytes"][:arrays]), row
+
+
+def test_a_move_adds_squares_only_if_asked(compiled):
+    for row in compiled:
+        in_float32 = max(row["bytes"]) <= 4
+        if row["kernel"] == "move" and row["target"].startswith("cuda") and in_float32:
+            assert bool(row["float64_sums"]) is row["leaves_squares"], row
 
 
 def test_nothing_is_spilled(compiled):

@@ -44,6 +44,11 @@ VARIANTS: list[Options] = [
         {"unscales": True, "conditional": True, "carries": True},
     ),
     (("float32", "float32"), {}, {"full_stats": True}),
+    (
+        ("float32", "float32"),
+        {},
+        {"full_stats": True, "conditional": True, "carries": True},
+    ),
 ]
 # What scales gradients has no buffers.
 SCALING: list[Options] = [
@@ -82,6 +87,7 @@ def described(binary: Any) -> dict[str, Any]:
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
     operations = re.findall(r"\b(?:fma|mul|add|sub|div|sqrt|cvt)\.[\w.]*f\d\d\b", ptx)
     return {
+        "float64_sums": len(re.findall(r"\badd\.[\w.]*f64\b", ptx)),
         "loads": Counter(re.findall(r"ld\.global\.[\w.]+", ptx)),
         "roundings": sorted({part for op in operations for part in op.split(".")}),
         "registers": int(numbers["REG"]),
@@ -116,6 +122,7 @@ def main() -> None:
                 "target": f"{target.backend} {target.arch}",
                 "kernel": kernel.__name__,
                 "momentum": how.momentum,
+                "leaves_squares": how.carries or how.full_stats,
                 "denominator": how.denominator,
                 "bytes": [x.primitive_bitwidth // 8 for x in (how.w, how.g, how.w)],
             }
