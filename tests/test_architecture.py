@@ -35,7 +35,8 @@ ALLOWED = {
         *("norm", "rule"),
     },
     "engines.foreach": {
-        *("arrays", "config", "engines.conditional", "engines.contract", "rule"),
+        *("arrays", "config", "engines.conditional", "engines.contract"),
+        *("engines.reference", "rule"),
     },
     "engines.native": {
         *("_native", "arrays", "config", "cores", "engines.conditional"),

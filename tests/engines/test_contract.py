@@ -3,6 +3,8 @@
 The reference engine is held against the rule; the others against the reference.
 """
 
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -157,6 +159,37 @@ def test_full_statistics(engine: str, config: Config) -> None:
 
 
 @some_configs
+@pytest.mark.parametrize("on_device", [True, False], ids=["dev", "bool"])
+def test_full_statistics_of_a_skipped_step(
+    engine: str, config: Config, on_device: bool
+) -> None:
+    bound = layers()
+    before = [x.clone() for x in bound.weights]
+    expected = [norm(row[3]) for row in restated(bound, 0.5, config)]
+    switches = Switches(capturable=engine != "native")
+    group = ENGINES[engine].bind(bound, config, switches)
+    apply_if = torch.tensor(False, device=DEVICE) if on_device else False
+    group.step_(0.5, config, apply_if=apply_if, full_stats=True)
+    found = group.stats.update_norm
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-6, atol=0)
+    assert all(map(torch.equal, group.weights, before))
+
+
+@every_engine
+@pytest.mark.parametrize("scales", [False, True], ids=["step", "scale"])
+def test_no_gradient_is_held_after_the_call(engine: str, scales: bool) -> None:
+    bound = layers()
+    group = ENGINES[engine].bind(bound, Config(), scales_gradients=scales)
+    held = [weakref.ref(g) for g in bound.gradients]
+    if scales:
+        group.scale_gradients(Config())
+    else:
+        group.step_(0.5, Config())
+    del bound
+    assert [ref() for ref in held] == [None] * len(held)
+
+
+@some_configs
 @pytest.mark.parametrize("buffers", [True, False], ids=["v", "no v"])
 @pytest.mark.parametrize("on_device", [True, False], ids=["dev", "bool"])
 @pytest.mark.parametrize("flag", [True, False], ids=["apply", "skip"])
@@ -278,11 +311,19 @@ def test_results_go_where_they_are_to(engine: str, buffers: bool) -> None:
 HOOK = [
     Config(trust_coefficient=1.0, zero_guard=False, eps=1e-9, threshold=1e-2),
     Config(trust_coefficient=1.0, zero_guard=False, weight_decay=0.25),
+    Config(weight_decay=0.25, denominator="decayed_gradient"),
+    Config(
+        weight_decay=0.25,
+        dampening=0.5,
+        denominator="momentum",
+        lr_placement="outside",
+    ),
 ]
+HOOK_IDS = ["no decay", "decay", "decayed gradient", "momentum"]
 
 
 @every_engine
-@pytest.mark.parametrize("config", HOOK, ids=["no decay", "decay"])
+@pytest.mark.parametrize("config", HOOK, ids=HOOK_IDS)
 @pytest.mark.parametrize("where", ["in place", "new", "given"])
 @pytest.mark.parametrize("scale", [None, 1024.0], ids=["unscaled", "scaled"])
 @pytest.mark.parametrize("known", [False, True], ids=["measured", "given norms"])
@@ -301,7 +342,9 @@ def test_scaled_gradients(
     ]
     group = ENGINES[engine].bind(bound, config, scales_gradients=True)
     grad_scale = None if scale is None else full(scale)
-    norms = group.norms(config) if known else None
+    # The decay in the norms that are given is scaled as the gradients are.
+    scaled = replace(config, weight_decay=config.weight_decay * (scale or 1))
+    norms = group.norms(scaled) if known else None
     found = group.scale_gradients(config, norms, grad_scale)
     if engine == "foreach":
         torch.testing.assert_close(list(found), expected, rtol=1e-6, atol=1e-6)

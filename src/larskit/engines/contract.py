@@ -151,7 +151,8 @@ class Group(Protocol):
             the same. A layer that has no buffer yet gets one of zeros where a device
             decides.
         full_stats : bool, default=False
-            Also compute the norm of the update, in the same loop.
+            Also compute the norm of the update, in the same loop; of a skipped step,
+            that of the update it would have applied.
         """
         ...
 

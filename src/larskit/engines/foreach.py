@@ -14,7 +14,7 @@ from torch import Tensor
 from larskit import rule
 from larskit.arrays import Array, Scalar, norm_dtype, scalar
 from larskit.config import Config, is_number, is_zero
-from larskit.engines import contract
+from larskit.engines import contract, reference
 from larskit.engines.conditional import (
     beside,
     check_capture,
@@ -157,7 +157,8 @@ class Group:
             for g, x in zip(self._layers.gradients, out, strict=True)
         ]
         for part in self._divided(scaled, None, norms):
-            w_norms, q = part.norms or _measure(part.w, part.g)
+            part.buffers[:] = [None] * len(part.rows)  # scaling knows no momentum
+            w_norms, q = part.norms or _measure(part.w, _measured_gradients(part))
             unscaled_config = replace(part.config, weight_decay=config.weight_decay)
             ratios = rule.trust_ratio(w_norms, q / scale, 0.0, unscaled_config)
             u = _decayed(part.w, part.g, part.config)
@@ -223,7 +224,12 @@ def _look(part: _Part, lr: Scalar, full_stats: bool) -> tuple[Tensor, ...]:
     """Return the statistics of a step that is not taken."""
     w_norms, q = part.norms or _measure(part.w, _measured_gradients(part))
     found = w_norms, q, rule.trust_ratio(w_norms, q, lr, part.config)
-    return (*found, torch.zeros_like(w_norms)) if full_stats else found
+    if not full_stats:
+        return found
+    rows = part.weights, part.gradients, part.buffers
+    flags = ([x] * len(part.w) for x in (part.config.adapt, part.config.decay))
+    layers = Layers(*rows, *flags)
+    return (*found, reference.update_norms(layers, lr, part.config, (w_norms, q)))
 
 
 def _along_gradient(

@@ -252,9 +252,10 @@ class Group:
         run = self._kernel.step if moves else self._kernel.measure
         how = (full_stats, self._carries) if moves else ()
         self._table = self._run(run, lr, config, norms, grad_scale, *how)
+        if full_stats and not moves:
+            self._table[:, _UPDATE_NORM] = self._update_norms(lr, config)
         self._drop_gradients()
         if not moves:
-            self._table[:, _UPDATE_NORM] = 0.0
             return
         self._mark_written()
         self.weights, self.buffers = self._results, self._new_buffers
@@ -275,13 +276,21 @@ class Group:
         grad_scale: Array | None = None,
     ) -> Arrays:
         """Write ``r*u`` for each layer, see `larskit.rule.scaled_gradient`."""
+        results = self._results
         if grad_scale is None:
             self._run(self._kernel.scale, 0.0, config, norms, None)
             self._mark_written()
         else:
             self._scale_by_the_rule(config, norms, grad_scale)
         self._drop_gradients()
-        return self._results
+        return results
+
+    def _update_norms(self, lr: Scalar, config: Config) -> Array:
+        """Return |y| of a step that is not taken, which the kernel does not compute."""
+        weights = [stop_gradient(w) for w in self.weights]
+        layers = Layers(weights, self._bound or [], self.buffers, *self._flags)
+        norms = self._table[:, _WEIGHT_NORM], self._table[:, _GRADIENT_NORM]
+        return reference.update_norms(layers, lr, config, norms)
 
     def _scale_by_the_rule(
         self, config: Config, norms: Norms | None, grad_scale: Array
@@ -337,6 +346,8 @@ class Group:
     def _drop_gradients(self) -> None:
         """Hold no gradient any longer: each is as large as its weights."""
         self._gradients = self._bound = self._unscaled = None
+        if self._scales and self._in_place:
+            self._results = self._written = []
 
     def _mark_written(self) -> None:
         """Tell autograd, which has not seen the kernel write."""

@@ -179,6 +179,15 @@ def _refuse_leaves(weights: Arrays) -> None:
         )
 
 
+def update_norms(
+    layers: Layers, lr: Scalar, config: Config, norms: Norms | None
+) -> Array:
+    """Return |y| of each layer, of a step that is not taken."""
+    group = Group(layers._replace(out=None), DEFAULT)
+    group.step_(lr, config, norms, apply_if=False, full_stats=True)
+    return group.stats.update_norm
+
+
 def _each(norms: Norms | None) -> Iterator[Any]:
     return repeat(None) if norms is None else zip(*norms, strict=True)
 
