@@ -32,6 +32,8 @@ def doctor(*arguments: str, **variables: str) -> dict[str, str]:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     column = len(lines[0]) - len(lines[0].partition("  ")[2].lstrip())
+    names = [line[:column].rstrip() for line in lines]
+    assert len(names) == len(set(names))
     for line in lines:
         assert line[column - 2 : column] == "  ", line
         assert line[column] != " ", line

@@ -22,9 +22,11 @@ Row = tuple[str, str]
 
 def report() -> str:
     """Return the table, one fact a line."""
-    rows = [*_machine(), *_engines(), *_required(), *_others()]
-    width = max(len(what) for what, _ in rows)
-    return "\n".join(f"{what:{width}}  {' '.join(fact.split())}" for what, fact in rows)
+    # Two extras require the same package: one row.
+    rows = dict([*_machine(), *_engines(), *_required(), *_others()])
+    width = max(map(len, rows))
+    lines = (f"{what:{width}}  {' '.join(fact.split())}" for what, fact in rows.items())
+    return "\n".join(lines)
 
 
 def _machine() -> Iterator[Row]:
