@@ -34,12 +34,12 @@ std::atomic<bool> ending{false};
 template <class F> void without_lock(F f) {
   if (ending)
     return f();
-  ++working;
-  {
-    nb::gil_scoped_release release;
-    f();
-  }
-  --working;
+  struct Count {
+    Count() { ++working; }
+    ~Count() { --working; }
+  } count;
+  nb::gil_scoped_release release;
+  f();
 }
 
 void end() {
@@ -167,11 +167,11 @@ using Row = std::tuple<Address, Address, Address, Address, Address, std::int64_t
 
 // Layers whose arrays stay where they are; only their gradients may be replaced. `scales`
 // where the results are scaled gradients, not weights, and `in_place` where these are
-// written over the gradients, wherever those are.
+// written over the gradients, wherever those are; `with_torch`: see `parallel`.
 class Group {
 public:
   Group(nb::str dtype, nb::str gradient_dtype, const std::vector<Row> &rows, bool scales,
-        bool in_place)
+        bool in_place, bool with_torch)
       : scales_(scales), scales_in_place_(scales && in_place) {
     Dtype weights, gradients;
     read(dtype, weights);
@@ -180,7 +180,7 @@ public:
     for (const auto &[w, g, v, result, new_v, size, adapt, decay] : rows)
       layers.push_back({pointer(w), pointer(g), pointer(v), pointer(result),
                         pointer(new_v), size, adapt, decay});
-    batch_ = std::make_unique<Batch>(weights, gradients, std::move(layers));
+    batch_ = std::make_unique<Batch>(weights, gradients, std::move(layers), with_torch);
     bytes_ = bytes(weights);
     gradient_bytes_ = bytes(gradients);
     index_written();
@@ -358,7 +358,7 @@ bool scale_array(const Options &options, nb::handle weights, nb::handle gradient
     return false;
   const std::int64_t size = (*w).len / (*w).itemsize;
   Batch batch(dtype, dtype,
-              {{(*w).buf, (*g).buf, nullptr, (*g).buf, nullptr, size, true, true}});
+              {{(*w).buf, (*g).buf, nullptr, (*g).buf, nullptr, size, true, true}}, false);
   Stats stats{-1, -1, -1, -1, -1};
   without_lock([&] { batch.scale(options, &stats, threads); });
   return true;
@@ -373,7 +373,7 @@ NB_MODULE(_native, m) {
         new (o) Options(options_of(config, lr));
       });
   nb::class_<Group>(m, "Group")
-      .def(nb::init<nb::str, nb::str, const std::vector<Row> &, bool, bool>())
+      .def(nb::init<nb::str, nb::str, const std::vector<Row> &, bool, bool, bool>())
       .def("collides", &Group::collides)
       .def("snapshot", &Group::snapshot)
       .def("rebind", &Group::rebind)

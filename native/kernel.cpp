@@ -14,13 +14,15 @@ namespace {
 // then still in that thread's cache when it writes the results.
 constexpr std::int64_t undivided = 256 * 1024;
 
-// In blocks: what a thread takes of a larger layer. It is also what is written at a time
-// where results are measured, so that they are read from the cache.
+// In blocks: what a thread takes of a larger layer at a time. It is also what is written at
+// a time where results are measured, so that they are read from the cache.
 constexpr std::int64_t chunk = 64;
 
 // In elements: new arrays of a group as large as this are written past the caches. Of
 // smaller ones the caches still hold a part when the next reader comes.
 constexpr std::int64_t past_caches = 8 * 1024 * 1024;
+
+constexpr int nobody = -1; // measures a piece
 
 std::int64_t blocks(const Layer &layer) {
   return std::max<std::int64_t>(1, (layer.size + block - 1) / block);
@@ -82,9 +84,9 @@ private:
   Options decayed_, plain_;
 };
 
-Batch::Batch(Dtype weights, Dtype gradients, std::vector<Layer> layers)
-    : layers(std::move(layers)), loops_(loops(weights, gradients)), starts_{0},
-      progress_(new Progress[this->layers.size()]) {
+Batch::Batch(Dtype weights, Dtype gradients, std::vector<Layer> layers, bool with_torch)
+    : layers(std::move(layers)), loops_(loops(weights, gradients)),
+      with_torch_(with_torch), starts_{0}, progress_(new Progress[this->layers.size()]) {
   for (const Layer &layer : this->layers) {
     starts_.push_back(starts_.back() + blocks(layer));
     size_ += layer.size;
@@ -110,65 +112,124 @@ void Batch::scale(const Options &o, Stats *stats, int threads) {
 }
 
 void Batch::run(const Call &call, int threads) {
-  if (size_ < serial_below)
-    threads = 1;
-  plan(threads > 1);
+  plan(size_ < serial_below ? 1 : threads);
   const int arrays = call.update_norms || call.result_norms ? 4 : 2;
   if (sums_.size() < std::size_t(arrays * starts_.back()))
     sums_.resize(arrays * starts_.back());
-  for (std::size_t i = 0; i < layers.size(); ++i) { // relaxed: the pool has a lock
+  for (std::size_t i = 0; i < layers.size(); ++i) { // relaxed: threads start with a lock
     const std::int64_t n = starts_[i + 1] - starts_[i];
     progress_[i].unmeasured.store(n, std::memory_order_relaxed);
     progress_[i].unwritten.store(n, std::memory_order_relaxed);
     progress_[i].measured.store(false, std::memory_order_relaxed);
   }
-  parallel(int(tasks_.size()), threads, [&](int i) { perform(call, tasks_[i]); });
+  for (std::size_t i = 0; i < pieces_.size(); ++i) {
+    claims_[i].measurer.store(nobody, std::memory_order_relaxed);
+    claims_[i].written.store(false, std::memory_order_relaxed);
+  }
+  parallel(threads_, with_torch_, [&](int thread) { work(call, thread); });
 }
 
-// Threads take the tasks in this order, the largest layers first. Who waits for a layer to
-// be measured so waits for threads that are measuring it, never for a task that nobody has
-// taken. Writing starts where measuring has ended, with what is still in the cache.
-void Batch::plan(bool divides) {
-  if (!tasks_.empty() && divides == divides_)
+// Each large layer is a section of its own, of which each thread has a contiguous share:
+// it writes what it has measured itself, beginning with what it measured last and still
+// has in its cache. All small layers together are the last section.
+void Batch::plan(int threads) {
+  if (threads == threads_)
     return;
-  tasks_.clear();
-  divides_ = divides;
-  std::vector<int> order(layers.size());
+  threads_ = threads;
+  pieces_.clear();
+  shares_.clear();
+  std::vector<int> order(layers.size()), whole;
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
                    [this](int a, int b) { return layers[a].size > layers[b].size; });
   for (int i : order) {
-    const std::int64_t n = blocks(layers[i]);
-    if (!divides || layers[i].size <= undivided) {
-      tasks_.push_back({i, 0, n, true, true});
+    if (threads == 1 || layers[i].size <= undivided) {
+      whole.push_back(i);
       continue;
     }
+    const std::int64_t n = blocks(layers[i]), count = (n + chunk - 1) / chunk;
+    for (int thread = 0; thread <= threads; ++thread)
+      shares_.push_back(int(pieces_.size() + count * thread / threads));
     for (std::int64_t k = 0; k < n; k += chunk)
-      tasks_.push_back({i, k, std::min(k + chunk, n), true, false});
-    for (std::int64_t k = n; k > 0; k -= std::min(k, chunk))
-      tasks_.push_back({i, std::max(k - chunk, std::int64_t(0)), k, false, true});
+      pieces_.push_back({i, k, std::min(k + chunk, n), false});
+  }
+  share_whole(whole);
+  claims_.reset(new Claim[pieces_.size()]);
+}
+
+// Give each layer to the thread that has the least so far, the largest first.
+void Batch::share_whole(const std::vector<int> &order) {
+  std::vector<std::vector<int>> dealt(threads_);
+  std::vector<std::int64_t> load(threads_);
+  for (int i : order) {
+    const auto least = std::min_element(load.begin(), load.end()) - load.begin();
+    dealt[least].push_back(i);
+    load[least] += layers[i].size;
+  }
+  for (const auto &share : dealt) {
+    shares_.push_back(int(pieces_.size()));
+    for (int i : share)
+      pieces_.push_back({i, 0, blocks(layers[i]), true});
+  }
+  shares_.push_back(int(pieces_.size()));
+}
+
+// Who waits for a layer to be measured waits for threads that are measuring it, never for
+// a piece that nobody has claimed.
+void Batch::work(const Call &call, int thread) {
+  for (auto shares = shares_.begin(); shares != shares_.end(); shares += threads_ + 1) {
+    const int begin = shares[0], end = shares[threads_];
+    measure_section(call, thread, &*shares);
+    if (begin == end || pieces_[begin].whole || !call.write)
+      continue;
+    wait_for(progress_[pieces_[begin].layer].measured);
+    write_section(call, thread, begin, end);
   }
 }
 
-void Batch::perform(const Call &call, const Task &task) {
-  if (task.measures)
-    measure(call, task);
-  if (!task.writes || !call.write)
-    return;
-  wait_for(progress_[task.layer].measured);
-  for (std::int64_t last = task.last; last > task.first; last -= chunk)
-    write(call, {task.layer, std::max(task.first, last - chunk), last, false, true});
+// The own share from its beginning, then what is left of the others', from the end.
+void Batch::measure_section(const Call &call, int thread, const int *shares) {
+  const auto claim = [&](int i) {
+    int measurer = nobody;
+    if (claims_[i].measurer.load(std::memory_order_relaxed) != nobody ||
+        !claims_[i].measurer.compare_exchange_strong(measurer, thread))
+      return;
+    measure(call, pieces_[i]);
+    if (pieces_[i].whole && call.write)
+      write_backwards(call, pieces_[i]);
+  };
+  for (int i = shares[thread]; i < shares[thread + 1]; ++i)
+    claim(i);
+  for (int k = 1; k < threads_; ++k) {
+    const int other = (thread + k) % threads_;
+    for (int i = shares[other + 1]; i-- > shares[other];)
+      claim(i);
+  }
+}
+
+// What this thread measured last comes first; then what others have not come to yet.
+void Batch::write_section(const Call &call, int thread, int begin, int end) {
+  const auto claim = [&](int i) {
+    if (!claims_[i].written.load(std::memory_order_relaxed) &&
+        !claims_[i].written.exchange(true))
+      write(call, pieces_[i]);
+  };
+  for (int i = end; i-- > begin;)
+    if (claims_[i].measurer.load(std::memory_order_relaxed) == thread)
+      claim(i);
+  for (int i = begin; i < end; ++i)
+    claim(i);
 }
 
 // Weights and gradient take turns, block by block: while one is summed up, the other is on
 // its way from memory. The last thread to measure a part adds up the sums of all parts.
-void Batch::measure(const Call &call, const Task &task) {
-  const int i = task.layer;
+void Batch::measure(const Call &call, const Piece &piece) {
+  const int i = piece.layer;
   const Layer &layer = layers[i];
   const Options &o = call.options(layer);
   Stats &stats = call.stats[i];
-  const std::int64_t n = task.last - task.first;
-  for (std::int64_t k = task.first; k < task.last; ++k) {
+  const std::int64_t n = piece.last - piece.first;
+  for (std::int64_t k = piece.first; k < piece.last; ++k) {
     if (stats.weight_norm < 0)
       loops_.weights(o, layer, k, k + 1, sums(i, of_weights));
     if (stats.gradient_norm < 0)
@@ -185,16 +246,21 @@ void Batch::measure(const Call &call, const Task &task) {
   progress_[i].measured.store(true, std::memory_order_release);
 }
 
-void Batch::write(const Call &call, const Task &task) {
-  const int i = task.layer;
+void Batch::write_backwards(const Call &call, const Piece &piece) {
+  for (std::int64_t last = piece.last; last > piece.first; last -= chunk)
+    write(call, {piece.layer, std::max(piece.first, last - chunk), last, false});
+}
+
+void Batch::write(const Call &call, const Piece &piece) {
+  const int i = piece.layer;
   const Layer &layer = layers[i];
   const Options &o = call.options(layer);
   Stats &stats = call.stats[i];
-  const std::int64_t n = task.last - task.first;
-  call.write(o, layer, stats.trust_ratio, task.first, task.last,
+  const std::int64_t n = piece.last - piece.first;
+  call.write(o, layer, stats.trust_ratio, piece.first, piece.last,
              call.update_norms ? sums(i, of_update) : nullptr);
   if (call.result_norms)
-    loops_.result(o, layer, task.first, task.last, sums(i, of_result));
+    loops_.result(o, layer, piece.first, piece.last, sums(i, of_result));
   if (progress_[i].unwritten.fetch_sub(n) != n)
     return;
   if (call.update_norms)

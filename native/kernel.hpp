@@ -86,7 +86,8 @@ const Loops &loops(Dtype weights, Dtype gradients);
 // long as the step itself. One call at a time.
 class Batch {
 public:
-  Batch(Dtype weights, Dtype gradients, std::vector<Layer> layers);
+  // `with_torch`: see `parallel`.
+  Batch(Dtype weights, Dtype gradients, std::vector<Layer> layers, bool with_torch);
 
   // The arrays may be replaced between calls, the sizes not.
   std::vector<Layer> layers;
@@ -103,10 +104,14 @@ public:
 
 private:
   struct Call;
-  struct Task {
+  struct Piece { // blocks [first, last) of a layer
     int layer;
     std::int64_t first, last;
-    bool measures, writes;
+    bool whole;
+  };
+  struct Claim { // of a piece: which thread measures it, and whether one writes it
+    std::atomic<int> measurer;
+    std::atomic<bool> written;
   };
   struct Progress {
     std::atomic<std::int64_t> unmeasured, unwritten; // blocks
@@ -115,19 +120,27 @@ private:
   enum Sums { of_weights, of_gradient, of_update, of_result };
 
   void run(const Call &, int threads);
-  void plan(bool divides);
-  void perform(const Call &, const Task &);
-  void measure(const Call &, const Task &);
-  void write(const Call &, const Task &);
+  void plan(int threads);
+  void share_whole(const std::vector<int> &order);
+  void work(const Call &, int thread);
+  void measure_section(const Call &, int thread, const int *shares);
+  void write_section(const Call &, int thread, int begin, int end);
+  void measure(const Call &, const Piece &);
+  void write(const Call &, const Piece &);
+  void write_backwards(const Call &, const Piece &);
   double *sums(int layer, Sums of);
   double norm(int layer, Sums of);
 
   const Loops &loops_;
+  const bool with_torch_;
   std::vector<std::int64_t> starts_; // where the sums of each layer begin, and the end
   std::vector<double> sums_;
   std::unique_ptr<Progress[]> progress_;
-  std::vector<Task> tasks_;
-  bool divides_ = false; // whether `tasks_` divide large layers
+  std::vector<Piece> pieces_;
+  std::unique_ptr<Claim[]> claims_;
+  // For each section of the pieces, where the share of each thread begins, and the end.
+  std::vector<int> shares_;
+  int threads_ = 0; // that the pieces are divided among
   std::int64_t size_ = 0;
 };
 

@@ -1,13 +1,18 @@
-// A small pool of threads that stay: no OpenMP, of which two runtimes in one process
-// do not know of each other.
+// The threads that share the work of a call.
 #pragma once
 
 #include <functional>
 
 namespace larskit {
 
-// Call task(0) ... task(count - 1), each once, on up to `threads` threads of which the
-// caller is one. Where another Python thread has the pool, the caller does it alone.
-void parallel(int count, int threads, const std::function<void(int)> &task);
+// Call body(0) here, and body(1), body(2), ... on other threads, `threads` in all if so
+// many are free: each body must be able to do what the others leave. The threads are those
+// of the OpenMP team that torch runs its operations on, where `with_torch` says that torch
+// is loaded and a team can be found; else those of a pool of our own.
+void parallel(int threads, bool with_torch, const std::function<void(int)> &body);
+
+// How often this process was forked since the module was loaded. What another thread was
+// doing at a fork is never finished in the child.
+unsigned forks();
 
 } // namespace larskit

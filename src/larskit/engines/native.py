@@ -171,7 +171,8 @@ class Group:
         columns = (map(address, column) for column in arrays)
         flags = (map(bool, column) for column in self._flags)
         rows = [*zip(*columns, map(size, self.weights), *flags, strict=True)]
-        kernel = _native.Group(*dtypes, rows, self._scales, self._in_place)
+        with_torch = self._torch is not None
+        kernel = _native.Group(*dtypes, rows, self._scales, self._in_place, with_torch)
         if kernel.collides():
             raise Unsupported(
                 "two of the arrays share memory, where threads would collide"
