@@ -112,7 +112,7 @@ void Batch::scale(const Options &o, Stats *stats, int threads) {
 }
 
 void Batch::run(const Call &call, int threads) {
-  plan(size_ < serial_below ? 1 : threads);
+  plan(size_ < (with_torch_ ? serial_below_with_torch : serial_below) ? 1 : threads);
   const int arrays = call.update_norms || call.result_norms ? 4 : 2;
   if (sums_.size() < std::size_t(arrays * starts_.back()))
     sums_.resize(arrays * starts_.back());

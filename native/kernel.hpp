@@ -53,8 +53,9 @@ struct Stats {
   double result_norm; // of the new weights, if asked for
 };
 
-// In elements: a smaller group takes less time than waking a second thread.
-constexpr std::int64_t serial_below = 512 * 1024;
+// In elements: a smaller group takes less time than waking a second thread. Torch's threads
+// are still awake after its own operations.
+constexpr std::int64_t serial_below = 512 * 1024, serial_below_with_torch = 128 * 1024;
 
 // Block k of an array is its elements [k * block, (k + 1) * block).
 constexpr std::int64_t rows = 32, lanes = 32, block = rows * lanes;
