@@ -40,6 +40,7 @@ GIVE_BACK = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4096:glibc.malloc.mmap_max=9999999"
 }
 Times = dict[int, float]  # the seconds of a row's step by round
+Both = tuple[float, float]  # in a training loop, and alone
 
 
 @dataclass
@@ -47,19 +48,21 @@ class Measured:
     """The results for one set of shapes, and why rows were skipped."""
 
     size: int
-    times: dict[str, Times] = field(default_factory=dict)
+    times: dict[str, Times] = field(default_factory=dict)  # in a training loop
+    alone: dict[str, Times] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def ratios(self, row: str, other: str) -> list[float]:
+    def ratios(self, row: str, other: str, alone: bool = False) -> list[float]:
         """Return the time of a row divided by that of another, round by round."""
-        a, b = self.times[row], self.times[other]
+        times = self.alone if alone else self.times
+        a, b = times[row], times[other]
         return [a[i] / b[i] for i in sorted(a.keys() & b.keys())]
 
-    def ratio(self, row: str, other: str) -> float:
+    def ratio(self, row: str, other: str, alone: bool = False) -> float:
         """Return the median of the paired ratios."""
-        return median(self.ratios(row, other))
+        return median(self.ratios(row, other, alone))
 
 
 def make_environments(names: list[str]) -> dict[str, str]:
@@ -106,23 +109,26 @@ def measure(names: list[str], shapes: Shapes, rounds: int) -> Measured:
                 f"{missing} could not be made, but all ratios need them: "
                 f"{found.left_out}"
             )
-        found.times = _interleave(steps, rounds)
+        found.times, found.alone = _interleave(steps, rounds)
     return found
 
 
-def _interleave(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, Times]:
+def _interleave(
+    steps: dict[str, Callable[[], Both]], rounds: int
+) -> tuple[dict[str, Times], dict[str, Times]]:
     """Return the times of each row; a slow one takes part in every fifth round."""
     warm = {name: min(step() for _ in range(WARM_UP)) for name, step in steps.items()}
-    slow = {name for name in warm.keys() - {*ANCHORS} if warm[name] > SLOW}
+    slow = {name for name in warm.keys() - {*ANCHORS} if min(warm[name]) > SLOW}
     times: dict[str, Times] = {name: {} for name in steps}
+    alone: dict[str, Times] = {name: {} for name in steps}
     order, shuffle = list(steps), random.Random(0).shuffle
     for i in range(rounds):
         shuffle(order)
         for name in order:
             if name not in slow or i % SLOW_EVERY == 0:
                 time.sleep(PAUSE)  # the threads of the last row stop spinning
-                times[name][i] = steps[name]()
-    return times
+                times[name][i], alone[name][i] = steps[name]()
+    return times, alone
 
 
 def peaks(names: list[str], shapes: Shapes) -> dict[str, int]:

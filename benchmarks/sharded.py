@@ -10,9 +10,9 @@ Each round steps every row once, in a new random order, and divides its time by 
 ``torch.optim.SGD(foreach=True)`` in the same round; the table shows the medians of
 these ratios. A step ends when the slowest process is done. The processes have one
 thread each and share the cores, so compare ratios, not times. Every optimizer has a
-momentum of 0.9 and a weight decay of 1e-4. Other implementations come from the
-environment that ``step.py`` creates; if it is missing it is created first, which needs
-the network.
+momentum of 0.9 and a weight decay of 1e-4, which the hook applies itself. Other
+implementations come from the environment that ``step.py`` creates; if it is missing it
+is created first, which needs the network.
 
 Torch's ``CommDebugMode`` counts the collectives; their bytes are those that one process
 passes to them. `seconds` estimates their time among many more processes.
@@ -65,7 +65,7 @@ def ours(params: Params) -> Any:
 
 
 def hook(params: Params) -> Any:
-    optimizer = torch.optim.SGD(params, SGD_LR, **SGD, foreach=True)
+    optimizer = torch.optim.SGD(params, SGD_LR, SGD["momentum"], foreach=True)
     GradientLARS(weight_decay=1e-4).attach(optimizer)
     return optimizer
 

@@ -14,13 +14,15 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rows import ROWS, Work
 
-VISIT = 0.05
+VISIT, LEAST = 0.05, 3
+LONG = 0.3  # seconds of a step that is not repeated
 SETTLE = 0.2  # until the threads of a framework have freed their memory
 works: dict[str, Work] = {}
 
@@ -32,25 +34,40 @@ def make(row: str, shapes: list[list[int]]) -> str | None:
         module = importlib.import_module(f"rows.in_{how.environment}")
         maker = getattr(module, how.make)
         works[row] = maker(tuple(map(tuple, shapes)), **how.options)
+        works[row].backward = module.backward
     except (ImportError, NotImplementedError) as why:
         reason = str(why).split(" (/")[0]  # without the path of a file
         return f"{type(why).__name__}: {reason}"
     return None
 
 
-def step(row: str) -> float:
-    """Return the seconds of one step.
+def step(row: str) -> tuple[float, float]:
+    """Return the seconds of one step: in a training loop, and alone.
 
-    A row steps for `VISIT` seconds. The result is the median without the first step,
-    which starts with the caches and threads of the previous row. A single step that
-    takes longer is the result.
+    In a training loop the work of a backward pass comes right before each step, and
+    leaves its threads spinning and other data in the caches. Alone, a step follows the
+    last one.
     """
-    work, times = works[row], []
-    while sum(times) < VISIT:
+    work = works[row]
+    return _median_time(work, work.backward), _median_time(work, lambda: None)
+
+
+def _median_time(work: Work, before: Callable[[], Any]) -> float:
+    """Return the median of the steps that `VISIT` seconds allow, `before` each one.
+
+    The first step starts with the caches and threads of the previous row; it counts
+    only if it takes so long that it is the only one.
+    """
+    times: list[float] = []
+    end = time.perf_counter() + VISIT
+    while len(times) < LEAST or time.perf_counter() < end:
         work.restore()
+        before()
         start = time.perf_counter()
         work.step()
         times.append(time.perf_counter() - start)
+        if times[-1] > LONG:
+            break
     return statistics.median(times[1:] or times)
 
 

@@ -15,14 +15,20 @@ SGD: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-4}
 LARS: dict[str, Any] = {"lr": 1e-3, **SGD}
 SGD_LR = 1e-5
 MOVED = 2**25  # float32 elements, for the memory limit
+PRODUCT, ELEMENTWISE = 700, 2**22  # the rows of a matrix and the elements of `backward`
 
 
 @dataclass
 class Work:
-    """A step, and what runs before it without being timed."""
+    """A step, and what runs before it without being timed.
+
+    `backward` is the kind of work that a backward pass ends with: a matrix product and
+    an elementwise operation, on the threads of the framework.
+    """
 
     step: Callable[[], Any]
     restore: Callable[[], Any] = lambda: None
+    backward: Callable[[], Any] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ ANCHORS = COPY, SCALE, BASELINE  # which the ratios and the memory limit need
 NATIVE = "larskit LARS (native)"
 CARRIED = "larskit LARS (native, carried norms)"
 FUNCTION, FUNCTION_OUT = "larskit lars_update", "larskit lars_update(out=w)"
+HOOK = "larskit hook on torch SGD (fused)"
 OUR_HOOK, THEIR_HOOK = "larskit hook in Chainer", "Chainer hook"
 IVY = "ivy lars_update"
 
@@ -74,7 +81,7 @@ ROWS = {
     CARRIED: Row("lars", "torch", 6, "larskit", CARRY),
     "larskit LARS (foreach)": Row("lars", "torch", 7, "larskit", {"foreach": True}),
     "larskit LARS (reference)": Row("lars", "torch", 7, "larskit", {"foreach": False}),
-    "larskit hook on torch SGD (fused)": Row("lars", "torch", 5 + 5, "hook"),
+    HOOK: Row("lars", "torch", 5 + 5, "hook"),
     "larskit.jax LARS (jit)": Row("lars", "jax", 7, "larskit"),
     FUNCTION: Row("lars", "numpy", 5, "lars_update", {"in_place": False}),
     FUNCTION_OUT: Row("lars", "numpy", 5, "lars_update", {"in_place": True}),

@@ -4,7 +4,9 @@ import brainpy  # pyright: ignore[reportMissingImports]
 import jax
 
 from rows import LARS, Shapes, Work
-from rows.in_jax import gradients, weights
+from rows.in_jax import backward, gradients, weights
+
+__all__ = ["backward", "lars"]
 
 
 def lars(shapes: Shapes) -> Work:

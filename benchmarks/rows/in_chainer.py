@@ -7,7 +7,9 @@ import numpy as np
 
 from larskit import GradientLARS
 from rows import Shapes, Work
-from rows.in_numpy import gradients, weights
+from rows.in_numpy import backward, gradients, weights
+
+__all__ = ["backward", "hook"]
 
 
 def hook(shapes: Shapes, ours: bool) -> Work:

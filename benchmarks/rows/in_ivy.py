@@ -5,7 +5,9 @@ import logging
 import ivy  # pyright: ignore[reportMissingImports]
 
 from rows import Shapes, Work
-from rows.in_numpy import gradients, weights
+from rows.in_numpy import backward, gradients, weights
+
+__all__ = ["backward", "lars_update"]
 
 
 def lars_update(shapes: Shapes) -> Work:

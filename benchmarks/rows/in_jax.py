@@ -10,9 +10,19 @@ import optax
 
 from larskit.jax import LARS as OurLARS
 from larskit.jax import TrainVar
-from rows import LARS, SGD_LR, Shapes, Work
+from rows import ELEMENTWISE, LARS, PRODUCT, SGD_LR, Shapes, Work
 
 Arrays = dict[str, jax.Array]
+_matrix, _vector = jnp.ones((PRODUCT, PRODUCT)), jnp.ones(ELEMENTWISE)
+
+
+@jax.jit
+def _compiled_backward(matrix: jax.Array, vector: jax.Array) -> Any:
+    return matrix @ matrix, vector * 2
+
+
+def backward() -> None:
+    jax.block_until_ready(_compiled_backward(_matrix, _vector))
 
 
 def weights(shapes: Shapes) -> Arrays:

@@ -6,9 +6,16 @@ import numpy as np
 
 from larskit import Container
 from larskit import lars_update as our_lars_update
-from rows import Shapes, Work
+from rows import ELEMENTWISE, PRODUCT, Shapes, Work
 
 Arrays = dict[str, np.ndarray]
+_matrix = np.ones((PRODUCT, PRODUCT), "float32")
+_vector = np.ones(ELEMENTWISE, "float32")
+
+
+def backward() -> None:
+    _ = _matrix @ _matrix
+    np.multiply(_vector, 1.0, out=_vector)
 
 
 def weights(shapes: Shapes) -> Arrays:

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from larskit import GradientLARS
 from larskit.torch import LARS as OurLARS
-from rows import LARS, MOVED, SGD, SGD_LR, Shapes, Work
+from rows import ELEMENTWISE, LARS, MOVED, PRODUCT, SGD, SGD_LR, Shapes, Work
+
+_matrix, _vector = torch.ones(PRODUCT, PRODUCT), torch.ones(ELEMENTWISE)
+
+
+def backward() -> None:
+    torch.mm(_matrix, _matrix)
+    _vector.mul_(1.0)
 
 
 def copy(shapes: Shapes) -> Work:
@@ -39,7 +46,7 @@ def larskit(shapes: Shapes, **switches: bool) -> Work:
 
 def hook(shapes: Shapes) -> Work:
     def make(params: list[Tensor]) -> Any:
-        optimizer = torch.optim.SGD(params, SGD_LR, **SGD, fused=True)
+        optimizer = torch.optim.SGD(params, SGD_LR, SGD["momentum"], fused=True)
         GradientLARS(weight_decay=1e-4).attach(optimizer)
         return optimizer
 
