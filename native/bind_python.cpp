@@ -1,5 +1,6 @@
 // The Python module: it takes addresses that larskit/engines/native.py has checked.
 #include "kernel.hpp"
+#include "pool.hpp"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -15,10 +16,15 @@
 #include <iterator>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <tuple>
 #include <vector>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 
 namespace nb = nanobind;
 using namespace nanobind::literals;
@@ -30,6 +36,11 @@ namespace {
 // then on nobody may wait for its lock: a daemon thread would never get it.
 std::atomic<int> working{0};
 std::atomic<bool> ending{false};
+
+#if !defined(_WIN32)
+void forget_working() { working = 0; } // those threads are not in the child
+const int registered = pthread_atfork(nullptr, nullptr, forget_working);
+#endif
 
 template <class F> void without_lock(F f) {
   if (ending)
@@ -120,13 +131,13 @@ public:
     extents_.insert(extents_.end(), now.strides, now.strides + dims_);
   }
 
-  // Sets `data` to where the array begins now.
+  // Sets `data` to where the array begins now. False also where its memory was freed.
   bool same(const Exchange &exchange, nb::handle x, void *&data) const {
     if (Py_TYPE(x.ptr()) != type_) // a subclass may compute otherwise
       return false;
     const auto now = describe(exchange, x);
     data = now.data;
-    return now.ndim == dims_ && std::equal(now.shape, now.shape + dims_, shape()) &&
+    return (data || !data_) && now.ndim == dims_ && std::equal(now.shape, now.shape + dims_, shape()) &&
            std::equal(now.strides, now.strides + dims_, shape() + dims_) &&
            std::memcmp(&now.dtype, &dtype_, sizeof dtype_) == 0 &&
            std::memcmp(&now.device, &device_, sizeof device_) == 0;
@@ -214,7 +225,7 @@ public:
   // Use other gradients. False where their number or description differs, or that of a
   // fixed array: the group must then not be used.
   bool rebind(nb::list fixed, nb::list gradients) {
-    if (gradients.size() != batch_->layers.size())
+    if (in_use() || gradients.size() != batch_->layers.size())
       return false;
     auto known = fixed_.begin();
     for (nb::handle x : fixed)
@@ -241,18 +252,19 @@ public:
 
   // Use gradients that are known to fit and to share no memory.
   void use_gradients(const std::vector<Address> &gradients) {
+    refuse_another_thread();
     auto layer = batch_->layers.begin();
     for (Address gradient : gradients)
       layer++->gradient = pointer(gradient);
   }
 
   void measure(const Options &options, Address stats, int threads) {
-    without_lock([&] { batch_->measure(options, table(stats), threads); });
+    alone([&] { batch_->measure(options, table(stats), threads); });
   }
 
   void step(const Options &options, Address stats, int threads, bool update_norms,
             bool result_norms) {
-    without_lock([&] {
+    alone([&] {
       batch_->step(options, table(stats), threads, update_norms, result_norms);
     });
     for (Layer &layer : batch_->layers)
@@ -260,10 +272,31 @@ public:
   }
 
   void scale(const Options &options, Address stats, int threads) {
-    without_lock([&] { batch_->scale(options, table(stats), threads); });
+    alone([&] { batch_->scale(options, table(stats), threads); });
   }
 
 private:
+  // Whether another thread is inside, which has released the interpreter's lock. What it
+  // did when this process was forked has ended.
+  bool in_use() const { return used_ && used_in_ == forks(); }
+
+  void refuse_another_thread() const {
+    if (in_use())
+      throw std::runtime_error("another thread is using these arrays: step them from "
+                               "one thread at a time");
+  }
+
+  template <class F> void alone(F f) {
+    refuse_another_thread();
+    struct Use {
+      Use(bool &used) : used(used) { used = true; }
+      ~Use() { used = false; }
+      bool &used;
+    } use{used_};
+    used_in_ = forks();
+    without_lock(f);
+  }
+
   static void *pointer(Address address) { return reinterpret_cast<void *>(address); }
   static Stats *table(Address stats) { return static_cast<Stats *>(pointer(stats)); }
 
@@ -301,6 +334,8 @@ private:
   std::unique_ptr<Batch> batch_;
   std::int64_t bytes_, gradient_bytes_; // of one element
   bool scales_, scales_in_place_, collides_ = false, fits_ = true;
+  bool used_ = false;
+  unsigned used_in_ = 0;
   std::vector<Span> written_; // sorted
   const Exchange *exchange_ = nullptr;
   std::vector<Snapshot> fixed_, gradients_;

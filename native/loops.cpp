@@ -45,7 +45,7 @@ inline float widen(bfloat16 x) {
 }
 
 // To the nearest, ties to even, as torch rounds; any NaN becomes torch's own NaN.
-inline void narrow(float x, bfloat16 &out) {
+inline void round_to(float x, bfloat16 &out) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, 4);
   std::uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -69,7 +69,7 @@ inline float widen(float16 x) {
   return out;
 }
 
-inline void narrow(float x, float16 &out) {
+inline void round_to(float x, float16 &out) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, 4);
   std::uint32_t sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
@@ -120,7 +120,7 @@ template <class T, class C> void store(const C *x, std::int64_t n, T *out) {
     if constexpr (std::is_same_v<T, C>)
       out[i] = x[i];
     else
-      narrow(x[i], out[i]);
+      round_to(x[i], out[i]);
 }
 
 // Write up to a block past the caches: an array that is larger than they are would first be
@@ -148,27 +148,27 @@ inline void fence() {
 // than to one of AVX-512. The square of a float32 is exact in float64, so that adding it
 // in one fused operation rounds as two operations do. The square of a float64 is not.
 #if defined(__AVX2__) && defined(__FMA__) && defined(__GNUC__)
-typedef __m256d Wide;
-inline Wide wide(const float *x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
-inline Wide wide(const double *x) { return _mm256_loadu_pd(x); }
-inline Wide add_square(Wide x, Wide sum, float) { return _mm256_fmadd_pd(x, x, sum); }
+typedef __m256d Float64s;
+inline Float64s float64s(const float *x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
+inline Float64s float64s(const double *x) { return _mm256_loadu_pd(x); }
+inline Float64s add_square(Float64s x, Float64s sum, float) { return _mm256_fmadd_pd(x, x, sum); }
 #elif defined(__GNUC__)
-typedef double Wide __attribute__((vector_size(16)));
-template <class C> Wide wide(const C *x) { return Wide{double(x[0]), double(x[1])}; }
-inline Wide add_square(Wide x, Wide sum, float) { return sum + x * x; }
+typedef double Float64s __attribute__((vector_size(16)));
+template <class C> Float64s float64s(const C *x) { return Float64s{double(x[0]), double(x[1])}; }
+inline Float64s add_square(Float64s x, Float64s sum, float) { return sum + x * x; }
 #else
-typedef double Wide;
-template <class C> Wide wide(const C *x) { return double(*x); }
-inline Wide add_square(Wide x, Wide sum, float) { return sum + x * x; }
+typedef double Float64s;
+template <class C> Float64s float64s(const C *x) { return double(*x); }
+inline Float64s add_square(Float64s x, Float64s sum, float) { return sum + x * x; }
 #endif
-inline Wide add_square(Wide x, Wide sum, double) { return sum + x * x; }
+inline Float64s add_square(Float64s x, Float64s sum, double) { return sum + x * x; }
 
 // norm.sum_of_squares of one block: rows in turn, then the lanes folded in halves. As
 // many lanes go down the rows together as there are registers for their sums. A block of
 // float32 fills a page of memory, at whose end the processor stops reading ahead: to ask
 // for the next block takes a sixth off the time of measuring. Its address may be any.
 template <class C> double sum_of_squares(const C *x, std::int64_t n) {
-  constexpr int width = sizeof(Wide) / sizeof(double);
+  constexpr int width = sizeof(Float64s) / sizeof(double);
   constexpr int together = 8 * width < lanes ? 8 : lanes / width;
   const std::int64_t whole = n / lanes * lanes;
   alignas(64) C last[lanes] = {};
@@ -176,15 +176,15 @@ template <class C> double sum_of_squares(const C *x, std::int64_t n) {
     last[i - whole] = x[i];
   alignas(64) double total[lanes];
   for (int lane = 0; lane < lanes; lane += together * width) {
-    Wide sums[together] = {};
+    Float64s sums[together] = {};
     for (std::int64_t i = lane; i < whole; i += lanes) {
       for (int j = 0; j < together * width; j += 64 / sizeof(C))
         LARSKIT_PREFETCH(x + i + j + block);
       for (int j = 0; j < together; ++j)
-        sums[j] = add_square(wide(x + i + j * width), sums[j], C());
+        sums[j] = add_square(float64s(x + i + j * width), sums[j], C());
     }
     for (int j = 0; j < together; ++j)
-        sums[j] = add_square(wide(last + lane + j * width), sums[j], C());
+        sums[j] = add_square(float64s(last + lane + j * width), sums[j], C());
     std::memcpy(total + lane, sums, sizeof sums);
   }
   for (int half = lanes / 2; half; half /= 2)
@@ -344,9 +344,10 @@ private:
   static void common(const Options &o, const C *w, const C *g, const C *v, C r,
                      std::int64_t n, C *new_w, C *new_v) {
     const C mu = C(o.momentum), taken = C(1 - o.dampening), wd = C(o.weight_decay);
+    const bool decays = o.weight_decay != 0; // `wd` may have underflowed: 0*inf is NaN
     const bool inside = o.lr_placement == LrPlacement::inside;
     const C lr = C(o.lr), in = inside ? lr * r : r, out = inside ? C(1) : lr;
-    if (wd == 0 && taken == 1 && inside)
+    if (!decays && taken == 1 && inside)
       LARSKIT_IN_PLACE for (std::int64_t i = 0; i < n; ++i) {
         C moved = mu * v[i] + in * g[i];
         new_v[i] = moved;
@@ -360,7 +361,7 @@ private:
       }
     else
       LARSKIT_IN_PLACE for (std::int64_t i = 0; i < n; ++i) {
-        C u = wd == 0 ? g[i] : g[i] + wd * w[i];
+        C u = decays ? g[i] + wd * w[i] : g[i];
         C moved = mu * v[i] + taken * (in * u);
         new_v[i] = moved;
         new_w[i] = w[i] - out * moved;

@@ -130,8 +130,10 @@ Team find_team() { return nullptr; }
 // After a backward pass torch's threads spin for milliseconds, waiting for more work, on
 // the very cores that threads of our own would need.
 bool run_on_team(int threads, const std::function<void(int)> &body) {
+  if (fork_count) // GNU's library does not survive a fork
+    return false;
   static const Team team = find_team();
-  if (!team || fork_count) // GNU's library does not survive a fork
+  if (!team)
     return false;
   struct Shared {
     const std::function<void(int)> &body;

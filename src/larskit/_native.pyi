@@ -17,6 +17,7 @@ class Group:
         rows: Iterable[Row],
         scales: bool,
         in_place: bool,
+        with_torch: bool,
         /,
     ) -> None: ...
     def collides(self) -> bool: ...

@@ -10,6 +10,7 @@ from larskit import norms
 from larskit.config import Config
 from larskit.torch.options import Settings
 from larskit.torch.plan import Plan
+from larskit.torch.turn import Turn
 
 
 class Hook(Protocol):
@@ -43,6 +44,7 @@ class Attachment:
         self._settings: list[Settings] = []
         self._plan = Plan(_check, scales_gradients=True)
         self._originals: list[tuple[Any, Any]] = []
+        self._turn = Turn()
         self._began = False  # whether the pre-hook of this step has run
         self._active = True
         self._outer = vars(optimizer).get("step")
@@ -80,6 +82,10 @@ class Attachment:
     def _step(self, args: Any, kwargs: Any) -> Any:
         if not self._active:
             return self._inner(*args, **kwargs)
+        with self._turn:
+            return self._step_alone(args, kwargs)
+
+    def _step_alone(self, args: Any, kwargs: Any) -> Any:
         handle = self._optimizer.register_step_pre_hook(self._before_step)
         try:
             return self._inner(*args, **kwargs)

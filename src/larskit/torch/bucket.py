@@ -67,6 +67,9 @@ class Bucket:
         p = group["params"][row]
         kept = state.get(p, _NOTHING)
         local, buffer = self._local(p), self._local(kept.get(MOMENTUM))
+        g = self._local(p.grad)
+        for what, x in (("", local), ("gradient of ", g), ("buffer of ", buffer)):
+            _check_memory(x, f"the {what}parameter {name!r}")
         w = local
         if self.key.master:
             w = _master(self._local(kept.get(MASTER)), local, written.get(p))
@@ -188,6 +191,21 @@ class Bucket:
         from larskit.norms import dtensor
 
         return dtensor.assemble(x, p)
+
+
+def _check_memory(x: Any, what: str) -> None:
+    """Refuse a tensor without memory, at which torch's own operations would crash."""
+    if x is None or x.is_meta or torch.compiler.is_compiling():
+        return
+    try:
+        freed = x.untyped_storage().nbytes() < x.nbytes
+    except (RuntimeError, NotImplementedError):  # inside torch.func.vmap and the like
+        return
+    if freed:
+        raise RuntimeError(
+            f"the storage of {what} was freed, or resized to fewer elements than it "
+            "has: give it its memory back before the step"
+        )
 
 
 def _master(master: Tensor | None, w: Tensor, written: int | None) -> Tensor:

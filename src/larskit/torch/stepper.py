@@ -21,6 +21,7 @@ from larskit.torch.options import (
     switches_of,
 )
 from larskit.torch.plan import Plan, same
+from larskit.torch.turn import Turn
 
 # All that a step reads of a parameter group, beside its parameters and its rate.
 _OPTIONS = (*SHARED, *PER_LAYER, *SWITCHES, "on_nonfinite", "master_weights")
@@ -36,6 +37,7 @@ class Stepper:
         self._rates: list[Any] = []
         self._settings: list[Settings] = []
         self._policy = ""
+        self._turn = Turn()
         self._step_outside_graphs: Any = torch.compiler.disable(self._step_)
 
     def step_(
@@ -58,6 +60,12 @@ class Stepper:
             self._step_outside_graphs(groups, state, grad_scale, found_inf)
 
     def _step_(
+        self, groups: Groups, state: Any, grad_scale: Any, found_inf: Any
+    ) -> None:
+        with self._turn:
+            self._step_alone(groups, state, grad_scale, found_inf)
+
+    def _step_alone(
         self, groups: Groups, state: Any, grad_scale: Any, found_inf: Any
     ) -> None:
         self._validate(groups)
