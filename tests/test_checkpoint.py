@@ -380,7 +380,7 @@ def test_layers_are_renamed_with_all_that_is_theirs(callable_):
 
 
 class Optimizer:
-    """What save_optimizer and load_optimizer want of a face."""
+    """What save_optimizer and load_optimizer need of an optimizer."""
 
     def __init__(self, state):
         self.state = state
@@ -415,7 +415,7 @@ def test_the_step_is_what_somebody_knows(tmp_path, counted, saved, loaded, step)
 
 def test_a_step_that_contradicts_is_refused(tmp_path):
     optimizer, file = Optimizer(state()), tmp_path / "state"
-    message = "step=8, but 7 steps were counted: leave step away"
+    message = "step=8, but 7 steps were counted: omit step"
     with pytest.raises(ValueError, match=message):
         save_optimizer(optimizer, file, step=8)
     assert not file.exists()

@@ -1,4 +1,4 @@
-"""What decides over a step: lengths that are not finite, capture, compilation."""
+"""Non-finite norms, CUDA graph capture and compilation."""
 
 import copy
 import math
