@@ -89,7 +89,7 @@ class LARS(Node):
     Notes
     -----
     This is what ``brainpy.optim.LARS`` 2.8.2 computes; older ones differ where \|g\| is
-    0. The formula printed in its documentation is another: `lamb_paper`.
+    0. The formula in its documentation differs: `lamb_paper`.
 
     The object is a pytree: `jax.jit` takes it as an argument and returns it, weights
     and all, as below. Under ``flax.nnx.jit`` and ``brainpy.math.jit`` the variables of
@@ -162,7 +162,7 @@ class LARS(Node):
             w' &= w - \mathrm{lr} \, \frac{\eta |w|}{|v'| + \epsilon} \, v'
 
         with a ratio of 1 where \|w\| or \|v'\| is 0. With ``tc=1`` and ``eps=0`` it is
-        the printed formula to the letter.
+        the formula of its documentation exactly.
 
         Parameters
         ----------

@@ -473,9 +473,7 @@ def _counted(state: PortableState, step: int | None) -> PortableState:
         return state
     step = operator.index(step)
     if state.step not in (None, step):
-        raise ValueError(
-            f"step={step}, but {state.step} steps were counted: leave step away"
-        )
+        raise ValueError(f"step={step}, but {state.step} steps were counted: omit step")
     return replace(state, step=step)
 
 
