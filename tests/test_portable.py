@@ -57,7 +57,7 @@ NET = {
 
 
 def draw(shapes, number):
-    rng = np.random.demismatch_rng(number)
+    rng = np.random.default_rng(number)
     return {
         name: rng.standard_normal(shape).astype("float32")
         for name, shape in shapes.items()
@@ -155,7 +155,7 @@ class NumPy:
         tree: dict[str, Any] = {}
         for name in self.names:
             outer, _, inner = name.rpartition(".")
-            tree.setdemismatch(outer, {})[inner] = self.array(arrays[name])
+            tree.setdefault(outer, {})[inner] = self.array(arrays[name])
         return tree
 
     def array(self, x):
