@@ -358,10 +358,10 @@ def test_a_file_that_breaks_the_rules_is_refused(tmp_path, about, tensors, messa
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [
-        ({"a/b": "x"}, ValueError, r"names has nothing for 'é\\x1f', 'fresh': add it"),
-        (lambda _: "x", ValueError, "makes 'x' of more than one layer: give each"),
-        (lambda _: 5, TypeError, "makes 5 of 'a/b', expected a string"),
-        (dict.fromkeys(state().layers, None), TypeError, "makes None of 'a/b'"),
+        ({"a/b": "x"}, ValueError, r"names has no entry for 'é\\x1f', 'fresh': add it"),
+        (lambda _: "x", ValueError, "maps several layers to 'x': give each its own"),
+        (lambda _: 5, TypeError, "maps 'a/b' to 5, expected a string"),
+        (dict.fromkeys(state().layers, None), TypeError, "maps 'a/b' to None"),
     ],
 )
 def test_names_that_do_not_work_are_listed(names, error, message):

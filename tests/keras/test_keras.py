@@ -578,7 +578,7 @@ def test_a_state_without_buffers_is_one_of_zeros():
                 {"learning_rate": 1.0, "excluded_decay": ["^w$"]}
             ).build(variables()),
             ValueError,
-            r"none of kernel, bias, cube is .* excluded from decay \(\^w\$\): check",
+            r"decay \(\^w\$\) match none of the variables kernel, bias, cube: check",
         ),
         (
             lambda: LARS(1.0).build([keras.Variable([1], name="n", dtype="int32")]),

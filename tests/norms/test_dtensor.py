@@ -6,8 +6,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from larskit.norms import dtensor
 
-# An all-reduce for all lengths; one more for each layer whose gradient is a sum that is
-# not complete, which is completed first.
+# One all-reduce for all norms, and one for each layer with a Partial gradient.
 NORMS = "c10d.allreduce_"
 
 pytestmark = pytest.mark.distributed

@@ -449,13 +449,13 @@ class LARS(Node):
         Raises
         ------
         TypeError
-            The learning rate is a scheduler that is no pytree, whose count JAX would
+            The learning rate is a scheduler that is not a pytree, whose count JAX would
             not see.
         """
         lr = self.__dict__["lr"]
         if hasattr(lr, "step_call") and jax.tree_util.all_leaves([lr]):
             raise TypeError(
-                f"the scheduler {lr!r} is no pytree, so that JAX cannot pass its state "
+                f"the scheduler {lr!r} is not a pytree, so JAX cannot pass its state "
                 "on: register its class in jax.tree_util, or pass a callable of the "
                 "step count as lr"
             )
@@ -485,7 +485,7 @@ def _check_constant(lr: Scalar) -> None:
 
 def _check_trainable(key: object, w: object) -> None:
     if not isinstance(key, str):
-        raise TypeError(f"train_vars has the key {key!r}, expected names")
+        raise TypeError(f"train_vars has the key {key!r}, expected a string")
     if variable_type(w) is None:
         raise TypeError(
             f"train_vars[{key!r}] is a {type(w).__name__}, expected a variable of "

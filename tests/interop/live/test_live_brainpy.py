@@ -190,5 +190,5 @@ def test_variables_of_brainpy_move_too():
 
 def test_as_a_pytree_it_refuses_a_scheduler_that_is_none():
     optimizer = LARS(SCHEDULES["exponential"](), network())
-    with pytest.raises(TypeError, match="is no pytree"):
+    with pytest.raises(TypeError, match="is not a pytree"):
         jax.jit(lambda optimizer: optimizer)(optimizer)
