@@ -13,7 +13,7 @@ run: .venv/app  ## the study that shows the point, then one full training
 	$(BIN)/larskit train --best-of runs/study/results.json --optimizer lars \
 		--epochs 30 --out runs/train --overwrite
 
-# A test belongs to the last of these tiers that it is marked with; ARGS are pytest's.
+# A test belongs to the last of these tiers that it is marked with. ARGS: pytest's.
 TIERS := test test-integration test-distributed test-slow
 PYTEST := PIP_NO_INDEX=1 $(BIN)/python -m pytest
 # Test files in several processes, of one thread each; ARGS="-n0 --pdb" for a debugger.
@@ -22,7 +22,7 @@ PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses=logical --maxprocesses=4 
 test: .venv/dev  ## the tests that run in-process: what a change is tried with
 	$(PARALLEL) -m "not (integration or distributed or slow)" $(ARGS)
 
-test-integration: .venv/dev environments  ## other packages, every client, examples, commands
+test-integration: .venv/dev environments  ## other packages, every integration, examples, commands
 	$(PYTEST) -m "integration and not (distributed or slow)" $(ARGS)
 
 test-distributed: .venv/dev  ## torchrun, eight devices, processes that are killed
@@ -50,10 +50,10 @@ test-gpu: .venv/dev  ## Triton's kernels on a real GPU, then under compute-sanit
 			$(BIN)/python tests/engines/live/small.py || exit 1; \
 	done
 
-environments: .venv/dev  ## of other packages, in the user's cache folder: needs the network once
+environments: .venv/dev  ## of other packages, in the user's cache folder; needs the network once
 	$(BIN)/python tests/interop/environments.py
 
-matrix: .venv/dev  ## one fit in every client, beside the rule; writes docs/matrix.md
+matrix: .venv/dev  ## one fit in every integration; writes docs/matrix.md
 	$(BIN)/python tests/interop/matrix.py
 
 lint: .venv/dev
@@ -65,7 +65,7 @@ format: .venv/dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: .venv/dev  ## one step of every optimizer, side by side; makes the peers' environments
+bench: .venv/dev  ## one step of every optimizer, interleaved; creates their environments
 	$(BIN)/python benchmarks/step.py $(ARGS)
 
 bench-jax: .venv/dev  ## one compiled step of JAX's optimizers

@@ -26,7 +26,7 @@ sys.path.append(str(ROOT / "tests" / "interop"))
 import environments  # noqa: E402
 
 # Rows of these environments need more packages: the name and folder of requirements.
-MORE = {"torch": environments.TORCH_PEERS}
+MORE = {"torch": environments.TORCH_OTHERS}
 
 WARM_UP = 2
 PAUSE = 0.01
@@ -78,13 +78,13 @@ def make_environments(names: list[str]) -> dict[str, str]:
 
 def _is_apart(row: Row) -> bool:
     other = row.kind == "other" and row.environment == "torch"
-    return other or row.environment in environments.SEEDS
+    return other or row.environment in environments.PORTED
 
 
 def _make(environment: str) -> str | None:
-    seed, requirements = MORE.get(environment, (environment, environments.REQUIREMENTS))
+    name, requirements = MORE.get(environment, (environment, environments.REQUIREMENTS))
     try:
-        return environments.unsupported(seed) or environments.make(seed, requirements)
+        return environments.unsupported(name) or environments.make(name, requirements)
     except subprocess.CalledProcessError as why:
         return f"its environment could not be created: exit status {why.returncode}"
 
@@ -196,7 +196,7 @@ class Worker:
 
 def _command(environment: str) -> tuple[list[str | Path], list[Path]]:
     """Return the command of a worker, and additional folders for its imports."""
-    if environment in environments.SEEDS:
+    if environment in environments.PORTED:
         native = importlib.util.find_spec("larskit._native")
         kernel = [native.origin] if native and native.origin else []
         return [environments.python(environment), WORKER, *kernel], []

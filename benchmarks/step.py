@@ -47,13 +47,13 @@ from shapes import SHAPES
 IDLE = 0.1
 
 
-def chosen(patterns: list[str] | None, with_peers: bool) -> list[str]:
+def chosen(patterns: list[str] | None, with_others: bool) -> list[str]:
     """Return the rows whose names contain a pattern, and the anchors."""
     own = {"torch", "jax", "numpy"}
     return [
         name
         for name, row in ROWS.items()
-        if (with_peers or (row.kind != "other" and row.environment in own))
+        if (with_others or (row.kind != "other" and row.environment in own))
         and (
             not patterns
             or name in ANCHORS
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES])
     parser.add_argument("--rows", nargs="+", help="only rows with one in their name")
     parser.add_argument("--busy", type=int, default=0, help="cores with other work")
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--no-others", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     if args.rounds < 1:
@@ -128,7 +128,7 @@ def main() -> None:
 
     start, (all_before, own_before) = time.monotonic(), cpu_seconds()
     with other_work(args.busy):
-        results = run(chosen(args.rows, not args.no_peers), args.rounds, args.shapes)
+        results = run(chosen(args.rows, not args.no_others), args.rounds, args.shapes)
     all_after, own_after = cpu_seconds()
     others = (all_after - all_before) - (own_after - own_before)
     about: dict[str, Any] = {

@@ -79,8 +79,12 @@ ALLOWED = {
     },
     "torch.stepper": {
         *("config", "engines", "norms", "rule", "torch.options", "torch.plan"),
+        "torch.turn",
     },
-    "torch.attach": {"config", "norms", "torch.options", "torch.plan"},
+    "torch.attach": {
+        *("config", "norms", "torch.options", "torch.plan", "torch.turn"),
+    },
+    "torch.turn": set(),
     "torch.backward": {
         *("config", "rule", "torch.options", "torch.plan", "torch.stepper"),
     },

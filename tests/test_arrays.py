@@ -111,7 +111,7 @@ def test_what_is_no_array_has_no_namespace(x):
     ("dtype", "wide"),
     [("float16", "float32"), ("bfloat16", "float32"), ("float32", "float32")],
 )
-def test_narrow_dtypes_are_widened(name, dtype, wide):
+def test_low_precision_dtypes_are_widened(name, dtype, wide):
     if name == "array_api_strict" and dtype != "float32":
         assert not hasattr(strict, dtype)
         return
@@ -274,7 +274,7 @@ UNWRITABLE = [
 def test_what_cannot_be_written(make_out, reason):
     out = make_out()
     assert str(arrays.unwritable(out)).startswith(reason)
-    message = f"^out at 'a' {reason}.*: leave out= away and use the returned value"
+    message = f"^out at 'a' {reason}.*: omit out= and use the returned value"
     with pytest.raises(TypeError, match=message):
         arrays.write(out, out, "out at 'a'")
 

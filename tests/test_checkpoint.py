@@ -358,10 +358,10 @@ def test_a_file_that_breaks_the_rules_is_refused(tmp_path, about, tensors, messa
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [
-        ({"a/b": "x"}, ValueError, r"names has nothing for 'é\\x1f', 'fresh': add it"),
-        (lambda _: "x", ValueError, "makes 'x' of more than one layer: give each"),
-        (lambda _: 5, TypeError, "makes 5 of 'a/b', expected a string"),
-        (dict.fromkeys(state().layers, None), TypeError, "makes None of 'a/b'"),
+        ({"a/b": "x"}, ValueError, r"names has no entry for 'é\\x1f', 'fresh': add it"),
+        (lambda _: "x", ValueError, "maps several layers to 'x': give each its own"),
+        (lambda _: 5, TypeError, "maps 'a/b' to 5, expected a string"),
+        (dict.fromkeys(state().layers, None), TypeError, "maps 'a/b' to None"),
     ],
 )
 def test_names_that_do_not_work_are_listed(names, error, message):
@@ -380,7 +380,7 @@ def test_layers_are_renamed_with_all_that_is_theirs(callable_):
 
 
 class Optimizer:
-    """What save_optimizer and load_optimizer want of a face."""
+    """What save_optimizer and load_optimizer need of an optimizer."""
 
     def __init__(self, state):
         self.state = state
@@ -415,7 +415,7 @@ def test_the_step_is_what_somebody_knows(tmp_path, counted, saved, loaded, step)
 
 def test_a_step_that_contradicts_is_refused(tmp_path):
     optimizer, file = Optimizer(state()), tmp_path / "state"
-    message = "step=8, but 7 steps were counted: leave step away"
+    message = "step=8, but 7 steps were counted: omit step"
     with pytest.raises(ValueError, match=message):
         save_optimizer(optimizer, file, step=8)
     assert not file.exists()

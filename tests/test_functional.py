@@ -78,7 +78,7 @@ G = np.array([[0.3, 0.1, -0.2], [0.1, -0.2, 0.4]])
 
 
 def values(x: Any) -> np.ndarray:
-    """Return a wide NumPy copy of an array of any framework."""
+    """Return a float64 NumPy copy of an array of any framework."""
     if framework(x) in ("torch", "paddle"):
         x = cast(x, "float32") if dtype_name(x) == "bfloat16" else x
         x = x.detach()
@@ -644,7 +644,7 @@ ERRORS: list[tuple[str, Any, type[Exception], str]] = [
         "out graph",
         (LEAF, LEAF, 0.1, {"out": LEAF, "stop_gradients": False}),
         TypeError,
-        "out is a leaf that requires gradients, .*: leave out= away",
+        "out is a leaf that requires gradients, .*: omit out=",
     ),
     (
         "out view",
@@ -868,7 +868,7 @@ def test_torch_transforms_go_through_it():
     agree(found, w.grad, 2**-52)
 
 
-# --- laws -----------------------------------------------------------------------------
+# --- numerical guarantees -------------------------------------------------------------
 
 # No subnormal numbers: compilers flush them to zero.
 small, zero = 2.0**-7, st.just(0.0)
@@ -921,8 +921,8 @@ def test_a_layer_moves_by_its_own_length(layer, lr):
     w, g = (x.astype("float64") for x in layer)
     if w.any() and g.any():
         step = float(np.linalg.norm(lars_update(w, g, lr) - w))
-        length = float(np.linalg.norm(w))
-        np.testing.assert_allclose(step, lr * length, rtol=1e-12, atol=1e-14 * length)
+        w_norm = float(np.linalg.norm(w))
+        np.testing.assert_allclose(step, lr * w_norm, rtol=1e-12, atol=1e-14 * w_norm)
 
 
 @given(layers(), rate, rate)

@@ -43,9 +43,9 @@ def rescaled(
 ) -> np.ndarray:
     """The hook restated, in float64."""
     w, g = np.asarray(w, np.float64), np.asarray(g, np.float64)
-    length = np.linalg.norm(w)
-    r = length / (eps + np.linalg.norm(g) + weight_decay * length)
-    return (g + weight_decay * w) * (r if length > threshold else 1.0)
+    w_norm = np.linalg.norm(w)
+    r = w_norm / (eps + np.linalg.norm(g) + weight_decay * w_norm)
+    return (g + weight_decay * w) * (r if w_norm > threshold else 1.0)
 
 
 def layer(w: Any, g: Any) -> SimpleNamespace:
@@ -94,7 +94,7 @@ def bits(x: torch.Tensor) -> bytes:
 
 
 def moves_like_lars(optimizer: Any, params: list[torch.nn.Parameter]) -> bool:
-    """Whether a step at rate 1/8 moves each layer by an eighth of its length."""
+    """Whether a step at rate 1/8 moves each layer by an eighth of its norm."""
     before = [p.detach().clone() for p in params]
     optimizer.step()
     moved = [

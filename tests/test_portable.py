@@ -65,7 +65,7 @@ def draw(shapes, number):
 
 
 class Torch:
-    """A face as the tests see it: weights by name, steps, and its state in a file."""
+    """An API as the tests see it: weights by name, steps, and its state in a file."""
 
     def __init__(self, weights, lr=2.0, dtype="float32", **options):
         self.weights = {
@@ -201,12 +201,12 @@ class Trees(NumPy):
         }
 
 
-FACES = {"torch": Torch, "jax": Jax, "numpy": NumPy, "torch tree": Trees}
+APIS = {"torch": Torch, "jax": Jax, "numpy": NumPy, "torch tree": Trees}
 
 
-def advance(face, first, last):
+def advance(api, first, last):
     for number in range(first, last):
-        face.step(draw(NET, number))
+        api.step(draw(NET, number))
 
 
 def assert_close(found, expected, tolerance=1e-6):
@@ -216,8 +216,8 @@ def assert_close(found, expected, tolerance=1e-6):
         assert error <= tolerance, (name, error)
 
 
-def assert_untouched(face, before):
-    rates, state = face.snapshot()
+def assert_untouched(api, before):
+    rates, state = api.snapshot()
     assert rates == before[0]
     assert set(state) == set(before[1])
     for name, held in state.items():
@@ -234,20 +234,20 @@ def assert_untouched(face, before):
     [
         (case, giver, taker)
         for case in CASES
-        for giver in FACES
-        for taker in FACES
+        for giver in APIS
+        for taker in APIS
         if case in IN_JAX or "jax" not in (giver, taker)
     ],
 )
 def test_ten_steps_agree_after_a_handover(tmp_path, case, giver, taker):
-    a = FACES[giver](draw(NET, 0), **CASES[case])
+    a = APIS[giver](draw(NET, 0), **CASES[case])
     advance(a, 1, 5)
     a.save(tmp_path / "state", 4)
-    b = FACES[taker](a.read(), **CASES[case])
+    b = APIS[taker](a.read(), **CASES[case])
     assert b.load(tmp_path / "state").step == 4
     for number in range(5, 15):
-        for face in (a, b):
-            face.step(draw(NET, number))
+        for api in (a, b):
+            api.step(draw(NET, number))
         assert_close(b.read(), a.read())
     if taker == "torch" == giver:
         assert_close(b.read(), a.read(), tolerance=0)
@@ -286,8 +286,8 @@ def test_a_real_net_goes_around_through_all_of_them(tmp_path):
             carrier = Torch(weights)
             assert carrier.load(file).step == 30
     for number in range(100, 110):
-        for face in (alone, carrier):
-            face.step(draw(shapes, number))
+        for api in (alone, carrier):
+            api.step(draw(shapes, number))
     assert_close(carrier.read(), alone.read())
 
 
@@ -298,18 +298,18 @@ def test_a_real_net_goes_around_through_all_of_them(tmp_path):
 @pytest.mark.parametrize("order", [("inside", "outside"), ("outside", "inside")])
 @pytest.mark.parametrize("rate", [2.0, 0.3])
 def test_the_placement_converts(tmp_path, giver, taker, order, rate):
-    a = FACES[giver](draw(NET, 0), rate, lr_placement=order[0])
+    a = APIS[giver](draw(NET, 0), rate, lr_placement=order[0])
     advance(a, 1, 5)
     a.save(tmp_path / "state", 4)
-    b = FACES[taker](a.read(), rate, lr_placement=order[1])
+    b = APIS[taker](a.read(), rate, lr_placement=order[1])
     before = b.snapshot()
     with pytest.raises(ValueError, match=r"lr_placement='\w+side' here but .* convert"):
         b.load(tmp_path / "state")
     assert_untouched(b, before)
     b.load(tmp_path / "state", convert=True)
     for number in range(5, 15):
-        for face in (a, b):
-            face.step(draw(NET, number))
+        for api in (a, b):
+            api.step(draw(NET, number))
         assert_close(b.read(), a.read())
 
 
@@ -318,7 +318,7 @@ def test_the_placement_converts(tmp_path, giver, taker, order, rate):
 def test_no_momentum_converts_at_a_rate_of_zero(tmp_path, taker, placement):
     file, other = tmp_path / "state", {"inside": "outside", "outside": "inside"}
     a = Torch(draw(NET, 0), 0.0, lr_placement=placement)
-    b = FACES[taker](draw(NET, 0), 0.0, lr_placement=other[placement])
+    b = APIS[taker](draw(NET, 0), 0.0, lr_placement=other[placement])
     a.save(file, 0)
     b.load(file, convert=True)  # there is nothing to convert yet
     advance(a, 1, 2)
@@ -447,45 +447,45 @@ def test_the_rates_of_groups_return(tmp_path):
 @pytest.mark.parametrize("lr", [-1.0, float("nan")])
 @pytest.mark.parametrize("taker", ["torch", "jax"])
 def test_a_saved_rate_that_is_none_is_refused(taker, lr):
-    face = FACES[taker](draw(NET, 0))
-    saved = face.optimizer.portable_state()
+    api = APIS[taker](draw(NET, 0))
+    saved = api.optimizer.portable_state()
     bad = {name: {**layer, "lr": lr} for name, layer in saved.layers.items()}
-    before = face.snapshot()
+    before = api.snapshot()
     with pytest.raises(ValueError, match="the saved lr must be a finite number of at"):
-        face.optimizer.load_portable_state(
+        api.optimizer.load_portable_state(
             dataclasses.replace(saved, layers=bad, step=1)
         )
-    assert_untouched(face, before)
+    assert_untouched(api, before)
 
 
 @pytest.mark.parametrize(("giver", "taker"), [("torch", "jax"), ("jax", "torch")])
 def test_bfloat16_keeps_its_bits(tmp_path, giver, taker):
-    a = FACES[giver](draw(NET, 0), dtype="bfloat16")
+    a = APIS[giver](draw(NET, 0), dtype="bfloat16")
     advance(a, 1, 3)
     a.save(tmp_path / "state", 2)
     saved = read_state(tmp_path / "state").momentum
     assert {v.dtype for v in saved.values()} == {np.dtype(ml_dtypes.bfloat16)}
     for name in (taker, "numpy", "torch tree"):
-        b = FACES[name](a.read(), dtype="bfloat16")
+        b = APIS[name](a.read(), dtype="bfloat16")
         b.load(tmp_path / "state")
         b.save(tmp_path / "again", 2)
         for key, v in read_state(tmp_path / "again").momentum.items():
             assert v.dtype == saved[key].dtype
             assert v.tobytes() == saved[key].tobytes()
-        c = FACES[name](a.read())
-        c.load(tmp_path / "state")  # into float32 weights: wider, and the same
-        c.save(tmp_path / "wide", 2)
-        for key, v in read_state(tmp_path / "wide").momentum.items():
+        c = APIS[name](a.read())
+        c.load(tmp_path / "state")  # into float32 weights: the same values
+        c.save(tmp_path / "float32", 2)
+        for key, v in read_state(tmp_path / "float32").momentum.items():
             np.testing.assert_array_equal(v, saved[key].astype("float32"))
 
 
-@pytest.mark.parametrize("taker", FACES)
+@pytest.mark.parametrize("taker", APIS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_is_converted_is_rounded_once(tmp_path, taker, dtype):
     a = Torch(draw(NET, 0), 0.3, dtype=dtype, lr_placement="outside")
     a.step(draw(NET, 1))
     a.save(tmp_path / "state", 1)
-    b = FACES[taker](a.read(), 0.3)
+    b = APIS[taker](a.read(), 0.3)
     b.load(tmp_path / "state", convert=True)
     b.save(tmp_path / "again", 1)
     found = read_state(tmp_path / "again").momentum
@@ -509,15 +509,15 @@ def test_loaded_buffers_lie_as_the_weights_do(tmp_path):
 
 
 def test_what_a_state_holds_is_a_copy():
-    for name in FACES:
-        face = FACES[name](draw(NET, 0))
-        face.step(draw(NET, 1))
+    for name in APIS:
+        api = APIS[name](draw(NET, 0))
+        api.step(draw(NET, 1))
         if name in ("torch", "jax"):
-            saved = face.optimizer.portable_state()
+            saved = api.optimizer.portable_state()
         else:
-            saved = to_portable(face.params, face.state, **face.options)
+            saved = to_portable(api.params, api.state, **api.options)
         before = {key: v.copy() for key, v in saved.momentum.items()}
-        face.step(draw(NET, 2))
+        api.step(draw(NET, 2))
         for key, v in saved.momentum.items():
             np.testing.assert_array_equal(v, before[key])
 
@@ -583,29 +583,29 @@ def configured(state, name, **changes):
     return dataclasses.replace(state, layers={**state.layers, name: layer})
 
 
-@pytest.mark.parametrize("taker", FACES)
-@pytest.mark.parametrize("fault", MISMATCHES)
-def test_a_state_that_does_not_fit_changes_nothing(tmp_path, taker, fault):
-    change, message = MISMATCHES[fault]
-    face = FACES[taker](draw(NET, 0))
-    advance(face, 1, 3)
-    face.save(tmp_path / "state", 2)
+@pytest.mark.parametrize("taker", APIS)
+@pytest.mark.parametrize("mismatch", MISMATCHES)
+def test_a_state_that_does_not_fit_changes_nothing(tmp_path, taker, mismatch):
+    change, message = MISMATCHES[mismatch]
+    api = APIS[taker](draw(NET, 0))
+    advance(api, 1, 3)
+    api.save(tmp_path / "state", 2)
     write_state(change(read_state(tmp_path / "state")), tmp_path / "state")
-    before = face.snapshot()
+    before = api.snapshot()
     with pytest.raises(ValueError, match=message):
-        face.load(tmp_path / "state", convert=True)
-    assert_untouched(face, before)
+        api.load(tmp_path / "state", convert=True)
+    assert_untouched(api, before)
 
 
-@pytest.mark.parametrize("taker", FACES)
+@pytest.mark.parametrize("taker", APIS)
 def test_a_decay_of_zero_is_no_decay(tmp_path, taker):
     a = Torch(draw(NET, 0), weight_decay=0.0, decay=False)
     a.step(draw(NET, 1))
     a.save(tmp_path / "state", 1)
-    b = FACES[taker](a.read(), weight_decay=0.0)
+    b = APIS[taker](a.read(), weight_decay=0.0)
     b.load(tmp_path / "state")
-    for face in (a, b):
-        face.step(draw(NET, 2))
+    for api in (a, b):
+        api.step(draw(NET, 2))
     assert_close(b.read(), a.read())
 
 
@@ -613,17 +613,17 @@ def test_a_decay_of_zero_is_no_decay(tmp_path, taker):
 @given(place=st.floats(0, 1, exclude_max=True), cut=st.booleans())
 @pytest.mark.parametrize("taker", ["torch", "jax"])
 def test_a_damaged_file_changes_nothing(tmp_path, taker, place, cut):
-    face = FACES[taker](draw({"w": (2, 3), "b": (3,)}, 0))
-    face.step(draw({"w": (2, 3), "b": (3,)}, 1))
-    face.save(tmp_path / "state", None if taker == "jax" else 1)
+    api = APIS[taker](draw({"w": (2, 3), "b": (3,)}, 0))
+    api.step(draw({"w": (2, 3), "b": (3,)}, 1))
+    api.save(tmp_path / "state", None if taker == "jax" else 1)
     data = bytearray((tmp_path / "state").read_bytes())
     byte, bit = divmod(int(place * len(data) * 8), 8)
     data[byte] ^= 1 << bit
     (tmp_path / "state").write_bytes(data[:byte] if cut else data)
-    before = face.snapshot()
+    before = api.snapshot()
     with pytest.raises(ValueError, match="state"):
-        face.load(tmp_path / "state")
-    assert_untouched(face, before)
+        api.load(tmp_path / "state")
+    assert_untouched(api, before)
 
 
 @pytest.mark.parametrize("taker", ["jax", "numpy"])
@@ -631,7 +631,7 @@ def test_who_counts_must_be_told_the_step(tmp_path, taker):
     a = Torch(draw(NET, 0))
     a.step(draw(NET, 1))
     a.save(tmp_path / "state", None)
-    b = FACES[taker](a.read())
+    b = APIS[taker](a.read())
     before = b.snapshot()
     with pytest.raises(ValueError, match="does not say how many steps were taken, wh"):
         b.load(tmp_path / "state")
@@ -651,22 +651,22 @@ def test_the_step_may_be_told_when_loading(tmp_path):
 
 @pytest.mark.parametrize("case", ["paper", "gradient"])
 @pytest.mark.parametrize("giver", ["torch", "numpy"])
-@pytest.mark.parametrize("taker", FACES)
+@pytest.mark.parametrize("taker", APIS)
 def test_first_steps_stay_first_steps(tmp_path, case, giver, taker):
     """With dampening a layer without a buffer steps otherwise than one with zeros."""
     if (case, taker) == ("gradient", "jax"):
         return
-    a = FACES[giver](draw(NET, 0), **CASES[case])
+    a = APIS[giver](draw(NET, 0), **CASES[case])
     a.save(tmp_path / "state", 0)
-    b = FACES[taker](a.read(), **CASES[case])
+    b = APIS[taker](a.read(), **CASES[case])
     advance(b, 1, 3)
     b.load(tmp_path / "state")
     if taker == "torch":
         assert not b.optimizer.state
-    b = FACES[taker](a.read(), **CASES[case])
+    b = APIS[taker](a.read(), **CASES[case])
     b.load(tmp_path / "state")
-    for face in (a, b):
-        advance(face, 1, 11)
+    for api in (a, b):
+        advance(api, 1, 11)
     assert_close(b.read(), a.read())
 
 
@@ -694,7 +694,7 @@ def test_a_layer_without_gradients_has_no_buffer(tmp_path):
         NumPy(a.read(), **case).load(tmp_path / "state")
 
 
-@pytest.mark.parametrize("taker", FACES)
+@pytest.mark.parametrize("taker", APIS)
 def test_without_dampening_no_buffer_is_a_buffer_of_zeros(tmp_path, taker):
     grads = draw(NET, 1)
     a = Torch(draw(NET, 0))
@@ -702,10 +702,10 @@ def test_without_dampening_no_buffer_is_a_buffer_of_zeros(tmp_path, taker):
         p.grad = None if name == "0.weight" else torch.tensor(grads[name])
     a.optimizer.step()
     a.save(tmp_path / "state", 1)
-    b = FACES[taker](a.read())
+    b = APIS[taker](a.read())
     b.load(tmp_path / "state")
-    for face in (a, b):
-        face.step(grads)
+    for api in (a, b):
+        api.step(grads)
     assert_close(b.read(), a.read())
 
 
@@ -719,8 +719,8 @@ def test_every_layer_says_whether_it_is_adapted_and_decayed(tmp_path):
     }
     b = NumPy(a.read(), adapt="*.weight", decay=None)
     b.load(tmp_path / "state")
-    for face in (a, b):
-        face.step(draw(NET, 2))
+    for api in (a, b):
+        api.step(draw(NET, 2))
     assert_close(b.read(), a.read())
     with pytest.raises(ValueError, match=r"has in effect .* here but .* in the saved"):
         Jax(a.read()).load(tmp_path / "state")
@@ -744,13 +744,13 @@ def test_master_weights_travel_between_torch_optimizers(tmp_path, dtype):
     advance(b, 4, 14)
     assert_close(b.read(), a.read(), tolerance=0)
     b = make(a.read())
-    for face in (b, Jax(a.read(), dtype=dtype)):
-        before = face.snapshot()
+    for api in (b, Jax(a.read(), dtype=dtype)):
+        before = api.snapshot()
         with pytest.raises(
             ValueError, match=r"load dataclasses.replace\(state, master"
         ):
-            face.load(tmp_path / "state")
-        assert_untouched(face, before)
+            api.load(tmp_path / "state")
+        assert_untouched(api, before)
     b.optimizer.load_portable_state(dataclasses.replace(found, master={}))
     buffers = [state["momentum_buffer"].dtype for state in b.optimizer.state.values()]
     assert {*map(str, buffers)} == {f"torch.{dtype}"}

@@ -1,4 +1,4 @@
-"""The laws of the rule, and every axis of it against a restatement in plain floats."""
+"""The rule's guarantees, and each option against a restatement in plain floats."""
 
 import itertools
 import math
@@ -22,20 +22,20 @@ def restated(w, g, v, lr, c):
     sign = -1.0 if c.maximize else 1.0
     wd = c.weight_decay if c.decay else 0.0
     u = sign * g + wd * w
-    length = lambda x: math.sqrt(float(np.sum(np.abs(x) ** 2)))  # noqa: E731
+    norm_of = lambda x: math.sqrt(float(np.sum(np.abs(x) ** 2)))  # noqa: E731
     y = new_v = u
     if c.denominator == "momentum":
         old = np.zeros_like(w) if v is None else v
         new_v = c.momentum * old + (1 - c.dampening) * u
         y = u + c.momentum * new_v if c.nesterov else new_v
-        q = length(y)
+        q = norm_of(y)
     else:
-        q = length(u) if c.denominator == "decayed_gradient" else length(g)
-    d = q + c.eps + (wd * length(w) if c.denominator == "paper" else 0.0)
-    if not c.adapt or length(w) <= c.threshold or (q == 0 and c.zero_guard):
+        q = norm_of(u) if c.denominator == "decayed_gradient" else norm_of(g)
+    d = q + c.eps + (wd * norm_of(w) if c.denominator == "paper" else 0.0)
+    if not c.adapt or norm_of(w) <= c.threshold or (q == 0 and c.zero_guard):
         r = 1.0
     else:
-        r = c.trust_coefficient * length(w) / d
+        r = c.trust_coefficient * norm_of(w) / d
         if c.clip:
             r = 1.0 if lr == 0 else min(r / lr, 1.0)
     if c.denominator == "momentum":
@@ -107,9 +107,9 @@ def test_one_order_of_operations_in_float32(placement):
     f = np.float32
     config = Config(weight_decay=0.013, lr_placement=placement, dampening=0.3)
     w, g, v = np.random.default_rng(0).normal(size=(3, 5000)).astype(f)
-    lengths = [np.sqrt(norm.sum_of_squares(x)) for x in (w, g)]
-    wide = 1e-3 * lengths[0] / (lengths[1] + 0.013 * lengths[0] + 0.0)
-    r, lr = f(wide), f(0.37)
+    norms = [np.sqrt(norm.sum_of_squares(x)) for x in (w, g)]
+    ratio = 1e-3 * norms[0] / (norms[1] + 0.013 * norms[0] + 0.0)
+    r, lr = f(ratio), f(0.37)
     u = g + f(0.013) * w
     x = (lr * r) * u if placement == "inside" else r * u
     new_v = f(0.9) * v + f(1 - 0.3) * x

@@ -133,7 +133,7 @@ def check_shape(x: Array, like: Array, what: str, other: str) -> None:
 
 
 def widen(x: Array) -> Array:
-    """Cast `x` to the dtype that its arithmetic runs in: float32 or wider."""
+    """Cast `x` to the dtype that its arithmetic runs in: float32 or float64."""
     return cast(x, _WIDE[dtype_name(x)])
 
 
@@ -275,7 +275,7 @@ def check_writable(out: Array, what: str, differentiable: bool = False) -> None:
     """Refuse an array that cannot be written in place, before anything was."""
     reason = unwritable(out, differentiable)
     if reason:
-        raise TypeError(f"{what} {reason}: leave out= away and use the returned value")
+        raise TypeError(f"{what} {reason}: omit out= and use the returned value")
 
 
 def unwritable(x: Array, differentiable: bool = False) -> str | None:

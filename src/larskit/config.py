@@ -117,7 +117,7 @@ class Config:
         if self.denominator == "momentum" and self.lr_placement == "inside":
             raise ValueError(
                 "denominator='momentum' measures the buffer after it was updated, so "
-                "the learning rate cannot stand inside it: pass lr_placement='outside'"
+                "the learning rate cannot be inside it: pass lr_placement='outside'"
             )
         without_momentum = is_zero(self.momentum)
         if without_momentum and self.nesterov:

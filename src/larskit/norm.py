@@ -47,8 +47,8 @@ def sum_of_squares(x: Array) -> Array:
     if dtype_name(x).startswith("complex"):
         return sum_of_squares(xp.real(x)) + sum_of_squares(xp.imag(x))
     if compiles(x):
-        wide = cast(x, norm_dtype(x))
-        return xp.sum(wide * wide)
+        x = cast(x, norm_dtype(x))
+        return xp.sum(x * x)
     x = flat(x)
     blocks = max(1, -(-x.shape[0] // (ROWS * LANES)))
     used = ROWS if blocks > 1 else max(1, -(-x.shape[0] // LANES))

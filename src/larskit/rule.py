@@ -124,7 +124,7 @@ def measured_gradient(w: Array, g: Array, v: Array | None, config: Config) -> Ar
 def descend(
     w: Array, g: Array, v: Array | None, ratio: Array, lr: Scalar, config: Config
 ) -> tuple[Array, Array]:
-    """Return what a step subtracts from the weights, and v', in float32 or wider.
+    """Return what a step subtracts from the weights, and v', in float32 or float64.
 
     Parameters
     ----------
@@ -223,7 +223,7 @@ def weight_decay(config: Config) -> Scalar:
 
 
 def decayed(w: Array, g: Array, config: Config) -> Array:
-    """Return u, the gradient to descend with the decay in it, in float32 or wider."""
+    """Return u, the gradient to descend with the decay in it, in float32 or float64."""
     g = -widen(g) if config.maximize else widen(g)
     wd = weight_decay(config)
     if is_zero(wd):

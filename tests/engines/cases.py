@@ -98,7 +98,7 @@ def configs(draw):
     )
 
 
-# Weights and gradients whose steps are the reference's to the bit. (float64 lengths may
+# Weights and gradients whose steps are bitwise the reference's. (float64 norms may
 # differ by an ulp: torch's own square root is not always exact.)
 EXACT = [
     (torch.float32, torch.float32),
@@ -162,6 +162,6 @@ def strange_step(engine: Any, value, dtypes, device="cpu") -> torch.Tensor:
 
 
 def same(ours, theirs):
-    """Whether tensors are the same to the bit, but for the device."""
+    """Whether tensors are bitwise identical, on any devices."""
     pairs = [(a, b.to(a.device)) for a, b in zip(ours, theirs, strict=True)]
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""The C++ engine: the reference's bits, whatever the threads, the sizes, the dtypes."""
+"""The C++ engine is bitwise the reference, for all threads, sizes and dtypes."""
 
 import os
 import sys
@@ -209,7 +209,7 @@ CHANGES = {
     "fewer rows": (lambda p: put(p, p.data[:2]), lambda g: g, False),
     "transposed": (lambda p: put(p, p.data.t()), lambda g: g, False),
     "gradient transposed": (lambda p: None, torch.t, False),
-    "gradient narrow": (lambda p: None, torch.Tensor.half, False),
+    "gradient float16": (lambda p: None, torch.Tensor.half, False),
     "gradient sparse": (lambda p: None, torch.Tensor.to_sparse, False),
     "gradient subclass": (lambda p: None, torch.nn.Parameter, False),
     "gradient short": (lambda p: None, lambda g: g[:3], False),

@@ -158,7 +158,7 @@ CHANGES = {
     "a buffer elsewhere": (lambda p, v: put(v, v.data.clone()), lambda g: g, False),
     "weights transposed": (lambda p, v: put(p, p.data.t()), lambda g: g, False),
     "gradient transposed": (lambda p, v: None, torch.t, False),
-    "gradient narrow": (lambda p, v: None, torch.Tensor.half, False),
+    "gradient float16": (lambda p, v: None, torch.Tensor.half, False),
     "gradient sparse": (lambda p, v: None, torch.Tensor.to_sparse, False),
     "gradient subclass": (lambda p, v: None, nn.Parameter, False),
     "gradient negated": (lambda p, v: None, lambda g: negated(g), False),

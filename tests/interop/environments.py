@@ -1,7 +1,7 @@
-"""Make the virtual environments of seeds and peers, and keep them for the next time.
+"""Create the virtual environments of other packages, and keep them for the next run.
 
-They lie in the user's cache folder under a name that holds a digest of what they
-require, so that another clone finds them again. Run as a script, this makes them all.
+They are in the user's cache folder, under names with a digest of their requirements,
+so that another clone finds them. Run as a script, this creates them all.
 """
 
 import hashlib
@@ -12,38 +12,41 @@ import sys
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).parent / "requirements"
-SEEDS = ("brainpy", "chainer", "ivy")
-CLIENTS = ("ivy-paddle", "transformers")  # of the matrix, beside the seeds
+PORTED = ("brainpy", "chainer", "ivy")
+MATRIX_ONLY = ("ivy-paddle", "transformers")
 NEWEST_PYTHON = {"chainer": (3, 11)}
 # timm and pytorch-optimizer, beside the torch of the development environment.
-TORCH_PEERS = ("torch-peers", Path(__file__).parents[2] / "benchmarks" / "requirements")
+TORCH_OTHERS = (
+    "torch-others",
+    Path(__file__).parents[2] / "benchmarks" / "requirements",
+)
 
 
-def python(seed: str, requirements: Path = REQUIREMENTS) -> Path:
-    """Return the interpreter of a seed's environment, made or not."""
-    return _folder(seed, requirements) / "bin" / "python"
+def python(name: str, requirements: Path = REQUIREMENTS) -> Path:
+    """Return the interpreter of an environment, which may not exist yet."""
+    return _folder(name, requirements) / "bin" / "python"
 
 
-def unsupported(seed: str) -> str | None:
-    """Say why this machine's Python cannot host a seed; None where it can."""
-    newest = NEWEST_PYTHON.get(seed)
+def unsupported(name: str) -> str | None:
+    """Say why this machine's Python cannot run a package; None where it can."""
+    newest = NEWEST_PYTHON.get(name)
     if newest and sys.version_info[:2] > newest:
-        return f"{seed} needs Python {newest[0]}.{newest[1]} or older"
+        return f"{name} needs Python {newest[0]}.{newest[1]} or older"
     return None
 
 
-def make(seed: str, requirements: Path = REQUIREMENTS) -> None:
-    """Install a seed's requirements, and then what must come without its own."""
-    folder = _folder(seed, requirements)
+def make(name: str, requirements: Path = REQUIREMENTS) -> None:
+    """Create an environment: the requirements, then those without dependencies."""
+    folder = _folder(name, requirements)
     complete = folder / "complete"
     if complete.exists():
         return
-    print(f"making the environment of {seed} in {folder}", flush=True)
+    print(f"creating the environment of {name} in {folder}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     for file, *options in (
-        (f"{seed}.txt",),
-        (f"{seed}.no-deps.txt", "--no-deps", "--no-build-isolation"),
+        (f"{name}.txt",),
+        (f"{name}.no-deps.txt", "--no-deps", "--no-build-isolation"),
     ):
         if (requirements / file).exists():
             pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
@@ -51,15 +54,15 @@ def make(seed: str, requirements: Path = REQUIREMENTS) -> None:
     complete.touch()
 
 
-def _folder(seed: str, requirements: Path) -> Path:
+def _folder(name: str, requirements: Path) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(sys.version.encode())
-    for file in sorted(requirements.glob(f"{seed}.*")):
+    for file in sorted(requirements.glob(f"{name}.*")):
         digest.update(file.read_bytes())
-    return cache / "larskit" / "environments" / f"{seed}-{digest.hexdigest()[:16]}"
+    return cache / "larskit" / "environments" / f"{name}-{digest.hexdigest()[:16]}"
 
 
 if __name__ == "__main__":
-    for name in (*SEEDS, *CLIENTS):
+    for name in (*PORTED, *MATRIX_ONLY):
         print(unsupported(name) or make(name) or f"{name}: {python(name)}")
-    print(make(*TORCH_PEERS) or f"{TORCH_PEERS[0]}: {python(*TORCH_PEERS)}")
+    print(make(*TORCH_OTHERS) or f"{TORCH_OTHERS[0]}: {python(*TORCH_OTHERS)}")

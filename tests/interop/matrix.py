@@ -1,7 +1,7 @@
-"""Make one fit in every client, and write what came of it: docs/matrix.md.
+"""Run one fit in every integration, and write the differences: docs/matrix.md.
 
-Each row is a run of a program in `clients`, in the environment that its client needs.
-It fails if a client is further from the rule than `BOUND`.
+Each row runs a program of `integrations`, in the environment that it needs. A row
+fails if its difference from `larskit.functional` is above `BOUND`.
 """
 
 import json
@@ -19,7 +19,7 @@ import environments
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "matrix.md"
-CLIENTS = Path(__file__).parent / "clients"
+PROGRAMS = Path(__file__).parent / "integrations"
 BOUND = 1e-5
 LIMIT = 300  # seconds, of one program
 VARIABLES = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
@@ -44,17 +44,17 @@ process, imports included, while others run. `make matrix` writes this page.
 class Row(NamedTuple):
     """A run of a program."""
 
-    client: str
+    integration: str
     program: Path
     ran: str
-    environment: str = ""  # by default the one this runs in
+    environment: str = ""  # by default the development environment
     backend: str = ""  # of Keras
-    on_gpu: str = ""  # the package that is not installed where there is no GPU
-    broken: str = ""  # why it cannot run anywhere
+    on_gpu: str = ""  # the package that needs a GPU
+    impossible: str = ""  # why it cannot run anywhere
 
 
 class Result(NamedTuple):
-    """What came of a row: the numbers, or why there are none."""
+    """The figures of a row, or why there are none."""
 
     row: Row
     version: str = ""
@@ -64,9 +64,10 @@ class Result(NamedTuple):
     failed: str = ""
 
 
-def rows_of(client: str, program: str, *names: str, **more: str) -> list[Row]:
+def rows_of(integration: str, program: str, *names: str, **more: str) -> list[Row]:
     """Return the rows of one program."""
-    return [Row(client, CLIENTS / f"{program}.py", name, **more) for name in names]
+    file = PROGRAMS / f"{program}.py"
+    return [Row(integration, file, name, **more) for name in names]
 
 
 ROWS = [
@@ -128,21 +129,21 @@ ROWS = [
         "ivy",
         "on_ivy",
         "lars_update on tensorflow",
-        broken="to_numpy of ivy 1.0.0.5 fails on the tensors of TensorFlow 2.21",
+        impossible="to_numpy of ivy 1.0.0.5 fails on the tensors of TensorFlow 2.21",
     ),
     *rows_of(
         "ivy",
         "on_ivy",
         "lars_update on mxnet",
-        broken="MXNet is retired and has no wheel for this Python",
+        impossible="MXNet is retired and has no wheel for this Python",
     ),
 ]
 
 
 def absent(row: Row) -> str:
     """Say why a row cannot run on this machine; nothing where it can."""
-    if row.broken:
-        return f"not run: {row.broken}"
+    if row.impossible:
+        return f"not run: {row.impossible}"
     if row.on_gpu and not find_spec(row.on_gpu):
         return f"not run: {row.on_gpu}, which needs a GPU, is not installed"
     if why := environments.unsupported(row.environment):
@@ -172,7 +173,7 @@ def execute(row: Row) -> Result:
     found = Result(
         row, line["version"], line["difference"], time.perf_counter() - start
     )
-    if not found.difference <= BOUND:  # a NaN too is no agreement
+    if not found.difference <= BOUND:  # a NaN fails too
         return found._replace(failed=f"{found.difference} is more than {BOUND}")
     return found
 
@@ -199,7 +200,8 @@ def table(results: Iterable[Result]) -> str:
         number = f"{difference:.1e}" if version else ""
         number = f"**failed** {number}".strip() if failed else absent or number
         took = f"{seconds:.1f} s" if seconds else ""
-        lines.append(f"| {row.client} | {version} | {row.ran} | {number} | {took} |\n")
+        cells = row.integration, version, row.ran, number, took
+        lines.append(f"| {' | '.join(cells)} |\n")
     return "".join(lines)
 
 
@@ -215,7 +217,10 @@ def main(rows: Iterable[Row] = ROWS, page: Path = PAGE) -> int:
     print(page.read_text(encoding="utf-8"))
     failures = [found for found in results if found.failed]
     for found in failures:
-        print(f"{found.row.client}, {found.row.ran}:\n{found.failed}", file=sys.stderr)
+        print(
+            f"{found.row.integration}, {found.row.ran}:\n{found.failed}",
+            file=sys.stderr,
+        )
     return int(bool(failures))
 
 

@@ -1,4 +1,4 @@
-"""Run larskit inside the real seed packages, each in an environment of its own."""
+"""Run the ported APIs beside the real packages, each in its own environment."""
 
 import os
 import re
@@ -17,19 +17,19 @@ CLEAN = {
 }
 
 
-@pytest.mark.parametrize("seed", environments.SEEDS)
-def test_live(seed: str, tmp_path: Path) -> None:
-    why = environments.unsupported(seed)
+@pytest.mark.parametrize("package", environments.PORTED)
+def test_live(package: str, tmp_path: Path) -> None:
+    why = environments.unsupported(package)
     if why and not os.environ.get("LARSKIT_REQUIRE_LIVE"):
         pytest.skip(why)
-    assert environments.python(seed).exists(), (
-        f"{seed} has no environment: `make environments` makes it"
+    assert environments.python(package).exists(), (
+        f"{package} has no environment: run `make environments`"
     )
     done = subprocess.run(
         [
-            *(environments.python(seed), "-m", "pytest", "-q", "-ra"),
+            *(environments.python(package), "-m", "pytest", "-q", "-ra"),
             *("-p", "no:cacheprovider", "-o", "filterwarnings=default"),
-            ROOT / "tests" / "interop" / "live" / f"test_live_{seed}.py",
+            ROOT / "tests" / "interop" / "live" / f"test_live_{package}.py",
         ],
         cwd=tmp_path,  # some packages leave logs behind
         env={**CLEAN, "PYTHONPATH": str(ROOT / "src"), "JAX_PLATFORMS": "cpu"},
@@ -39,5 +39,5 @@ def test_live(seed: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^\d+ passed( in|, \d+ warnings? in)", done.stdout, re.M), (
-        f"{seed} did not run every test:\n{done.stdout}"
+        f"{package} did not run every test:\n{done.stdout}"
     )

@@ -22,8 +22,10 @@ def page(tmp_path_factory):
     return dict(zip(matrix.ROWS, rows_of(page), strict=True))
 
 
-@pytest.mark.parametrize("row", matrix.ROWS, ids=lambda row: f"{row.client}, {row.ran}")
-def test_a_client_does_what_the_rule_says(page, row):
+@pytest.mark.parametrize(
+    "row", matrix.ROWS, ids=lambda row: f"{row.integration}, {row.ran}"
+)
+def test_an_integration_agrees_with_the_rule(page, row):
     if why := matrix.absent(row):
         assert NOT_RUN.fullmatch(page[row])
         pytest.skip(why)
@@ -45,7 +47,7 @@ def test_a_client_does_what_the_rule_says(page, row):
 )
 def test_a_wrong_row_fails(name, says, tmp_path, capsys):
     page = tmp_path / "matrix.md"
-    row = matrix.Row("NumPy", matrix.CLIENTS / "wrong.py", name)
+    row = matrix.Row("NumPy", matrix.PROGRAMS / "wrong.py", name)
     assert matrix.main([row], page) == 1
     assert "**failed**" in page.read_text()
     shown = capsys.readouterr()
@@ -57,7 +59,7 @@ def test_a_row_that_cannot_run_is_listed_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(matrix, "find_spec", lambda name: None)
     monkeypatch.setattr(matrix.environments, "unsupported", lambda name: "too new")
     page = tmp_path / "matrix.md"
-    rows = [row for row in matrix.ROWS if row.client in ("CuPy", "Chainer")]
+    rows = [row for row in matrix.ROWS if row.integration in ("CuPy", "Chainer")]
     assert matrix.main(rows, page) == 0
     cupy, chainer = rows_of(page)
     assert "not run: cupy, which needs a GPU, is not installed" in cupy
@@ -65,5 +67,5 @@ def test_a_row_that_cannot_run_is_listed_with_the_reason(tmp_path, monkeypatch):
 
 
 def test_every_program_has_a_row():
-    assert {row.program for row in matrix.ROWS} == set(matrix.CLIENTS.glob("on_*.py"))
-    assert len({(row.client, row.ran) for row in matrix.ROWS}) == len(matrix.ROWS)
+    assert {row.program for row in matrix.ROWS} == set(matrix.PROGRAMS.glob("on_*.py"))
+    assert len({(row.integration, row.ran) for row in matrix.ROWS}) == len(matrix.ROWS)

@@ -327,7 +327,7 @@ def test_what_does_not_fit_the_parameters():
     state = tx.init(params)
     with pytest.raises(ValueError, match="params is None, but LARS measures"):
         tx.update(params, state)
-    with pytest.raises(ValueError, match="updates is no tree like params"):
+    with pytest.raises(ValueError, match="updates must have the structure of params"):
         tx.update({"kernel": params["kernel"]}, state, params)
     wrong = {**params, "bias": jnp.ones(5)}
     with pytest.raises(ValueError, match=r"updates at 'bias' has the shape \(5,\)"):

@@ -482,7 +482,7 @@ def test_a_state_goes_to_pytorch_and_back(tmp_path, dtype):
 
 
 def test_a_state_in_the_middle_of_everything():
-    """A schedule stays, averages start anew, accumulated gradients are dropped."""
+    """A schedule stays, averages restart, accumulated gradients are dropped."""
     how = {**HOW, "gradient_accumulation_steps": 2, "use_ema": True}
     rate = keras.optimizers.schedules.PiecewiseConstantDecay([4], [4.0, 1.0])
     weights, optimizer = variables(), LARS(rate, **how)
@@ -578,7 +578,7 @@ def test_a_state_without_buffers_is_one_of_zeros():
                 {"learning_rate": 1.0, "excluded_decay": ["^w$"]}
             ).build(variables()),
             ValueError,
-            r"none of kernel, bias, cube is .* excluded from decay \(\^w\$\): check",
+            r"decay \(\^w\$\) match none of the variables kernel, bias, cube: check",
         ),
         (
             lambda: LARS(1.0).build([keras.Variable([1], name="n", dtype="int32")]),

@@ -20,7 +20,7 @@ def launch(tmp_path_factory):
         command = [sys.executable, "-m", *launcher, str(processes), path, file]
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         # It is written when all have come to the end. After that the threads of gloo
-        # may still abort a process whose peer was quicker to leave.
+        # may still abort a process if another has left first.
         assert file.exists(), done.stderr[-3000:]
         return json.loads(file.read_text())
 

@@ -1,4 +1,4 @@
-"""The lengths of sharded layers, in real processes, against the layers whole."""
+"""The norms of sharded layers, in real processes, against unsharded layers."""
 
 import pytest
 from torch import distributed
@@ -6,9 +6,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from larskit.norms import dtensor
 
-# An all-reduce for all lengths; one more for each layer whose gradient is a sum that is
-# not complete, which is completed first.
-LENGTHS = "c10d.allreduce_"
+# One all-reduce for all norms, and one for each layer with a Partial gradient.
+NORMS = "c10d.allreduce_"
 
 pytestmark = pytest.mark.distributed
 
@@ -32,7 +31,7 @@ def test_one_collective_finds_all_lengths(results):
     for name, found in results.items():
         if "partial True" in name or name == "masters":
             continue
-        expected = {} if "all replicated" in name else {LENGTHS: 1}
+        expected = {} if "all replicated" in name else {NORMS: 1}
         assert found["collectives"] == expected, name
 
 

@@ -1,4 +1,4 @@
-"""A length that is not finite in one process stops the step in all of them."""
+"""A non-finite norm in one process stops the step in all of them."""
 
 import re
 
@@ -25,7 +25,7 @@ def test_every_process_raises_and_says_what_it_knows(results):
         here, there = (seen["message"] for seen in processes)
         if "skip" in case:
             assert (here, there) == ("", "")
-        elif case.startswith("0"):  # of a sharded layer all know the length
+        elif case.startswith("0"):  # all processes know the norm of a sharded layer
             assert here == there
             assert re.search(r"the gradient of '0.0' \(inf\) is not finite", here)
         else:

@@ -11,7 +11,7 @@ from torch import nn
 from larskit.torch import LARS, step_in_backward
 
 ENGINES = [{"foreach": False, "fused": False}, {"foreach": True}, {"fused": True}]
-NARROW = [torch.bfloat16, torch.float16]
+LOW_PRECISION = [torch.bfloat16, torch.float16]
 
 
 def layers(dtype) -> list[Any]:
@@ -31,17 +31,17 @@ def masters(optimizer, params):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_it_is_the_training_of_the_wide_weights(dtype, engine):
-    narrow, wide = layers(dtype), [nn.Parameter(p.float()) for p in layers(dtype)]
+    low, full = layers(dtype), [nn.Parameter(p.float()) for p in layers(dtype)]
     options: Any = {"weight_decay": 0.01, "nesterov": True, **engine}
-    optimizer = LARS(narrow, 0.5, master_weights=True, **options)
-    other = LARS(wide, 0.5, **options)
+    optimizer = LARS(low, 0.5, master_weights=True, **options)
+    other = LARS(full, 0.5, **options)
     for step in range(5):
-        for these, o in ((narrow, optimizer), (wide, other)):
+        for these, o in ((low, optimizer), (full, other)):
             give(these, step, dtype)
             o.step()
-    for p, q, master in zip(narrow, wide, masters(optimizer, narrow), strict=True):
+    for p, q, master in zip(low, full, masters(optimizer, low), strict=True):
         assert torch.equal(master, q.detach())
         assert torch.equal(p.detach(), q.detach().to(dtype))
         buffers = [

@@ -393,7 +393,7 @@ def test_schedulers(schedule, tensor):
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"foreach": True}])
 @pytest.mark.parametrize("cls", [SGD, LARS])
 def test_grad_scaler(cls, options):
-    """It unscales before the lengths, and leaves steps with infinities out."""
+    """It unscales before the norms, and skips steps with infinities."""
     torch.manual_seed(0)
     nets = [nn.Linear(3, 2)]
     nets.append(copy.deepcopy(nets[0]))

@@ -685,7 +685,7 @@ def test_wrong_use_in_backward_is_refused():
         step_in_backward(optimizer)
     backward(net)
     before = weights(net)
-    with pytest.raises(RuntimeError, match=r"'4.bias' has moved along its gradient"):
+    with pytest.raises(RuntimeError, match=r"'4.bias' got a second gradient"):
         backward(net)
     assert all(map(torch.equal, weights(net), before))
     optimizer.zero_grad()
@@ -722,7 +722,7 @@ def test_stepping_in_backward_with_several_processes_is_refused():
         "fake", rank=0, world_size=2, store=FakeStore()
     )
     try:
-        with pytest.raises(RuntimeError, match="2 processes train"):
+        with pytest.raises(RuntimeError, match="supports one process, got 2"):
             step_in_backward(LARS(model().parameters(), 1.0))
     finally:
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What decides over a step: lengths that are not finite, capture, compilation."""
+"""Non-finite norms, CUDA graph capture and compilation."""
 
 import copy
 import math
@@ -60,7 +60,7 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_step_with_nonfinite_lengths_is_left_out(engine, kind, at, bad, where):
-    """Whichever layer it is; and the training goes on as if it had not been."""
+    """For each layer; training continues as if the step had not been taken."""
     found = []
     for spoilt in (False, True):
         params = layers()

@@ -140,8 +140,8 @@ def _order(x: Any) -> tuple[int, ...] | None:
     unit = x.itemsize if isinstance(x, np.ndarray) else 1
     axes = [(s // unit, n) for s, n in zip(strides, x.shape, strict=True) if n != 1]
     expected = 1
-    for stride, length in sorted(axes):
+    for stride, size in sorted(axes):
         if stride != expected:
             return None
-        expected *= length
+        expected *= size
     return tuple(stride for stride, _ in axes)

@@ -102,7 +102,7 @@ class Node:
         if _owners.get(name, self) is not self:
             raise ValueError(
                 f"the name {name!r} is taken by another {type(_owners[name]).__name__}:"
-                " choose another, or leave it out to get an unused one"
+                " choose another, or omit it to get an unused one"
             )
         return name
 
@@ -295,9 +295,9 @@ class Node:
         result = StateLoadResult(*missing_and_extra(flat, own))
         pairs = {key: (own[key], flat[key]) for key in own if key in flat}
         _assign(pairs, "state_dict: ")
-        for fault, keys in zip(("misses", "has unexpected"), result, strict=True):
+        for problem, keys in zip(("misses", "has unexpected"), result, strict=True):
             if warn and keys:
-                warnings.warn(f"state_dict {fault} {listed(keys)}", stacklevel=2)
+                warnings.warn(f"state_dict {problem} {listed(keys)}", stacklevel=2)
         return result
 
     def save_states(

@@ -89,7 +89,7 @@ class LARS(Node):
     Notes
     -----
     This is what ``brainpy.optim.LARS`` 2.8.2 computes; older ones differ where \|g\| is
-    0. The formula printed in its documentation is another: `lamb_paper`.
+    0. The formula in its documentation differs: `lamb_paper`.
 
     The object is a pytree: `jax.jit` takes it as an argument and returns it, weights
     and all, as below. Under ``flax.nnx.jit`` and ``brainpy.math.jit`` the variables of
@@ -162,7 +162,7 @@ class LARS(Node):
             w' &= w - \mathrm{lr} \, \frac{\eta |w|}{|v'| + \epsilon} \, v'
 
         with a ratio of 1 where \|w\| or \|v'\| is 0. With ``tc=1`` and ``eps=0`` it is
-        the printed formula to the letter.
+        the formula of its documentation exactly.
 
         Parameters
         ----------
@@ -449,13 +449,13 @@ class LARS(Node):
         Raises
         ------
         TypeError
-            The learning rate is a scheduler that is no pytree, whose count JAX would
+            The learning rate is a scheduler that is not a pytree, whose count JAX would
             not see.
         """
         lr = self.__dict__["lr"]
         if hasattr(lr, "step_call") and jax.tree_util.all_leaves([lr]):
             raise TypeError(
-                f"the scheduler {lr!r} is no pytree, so that JAX cannot pass its state "
+                f"the scheduler {lr!r} is not a pytree, so JAX cannot pass its state "
                 "on: register its class in jax.tree_util, or pass a callable of the "
                 "step count as lr"
             )
@@ -485,7 +485,7 @@ def _check_constant(lr: Scalar) -> None:
 
 def _check_trainable(key: object, w: object) -> None:
     if not isinstance(key, str):
-        raise TypeError(f"train_vars has the key {key!r}, expected names")
+        raise TypeError(f"train_vars has the key {key!r}, expected a string")
     if variable_type(w) is None:
         raise TypeError(
             f"train_vars[{key!r}] is a {type(w).__name__}, expected a variable of "

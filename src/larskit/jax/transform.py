@@ -447,7 +447,7 @@ def _matched(
     try:
         leaves = structure.flatten_up_to(tree)
     except ValueError as why:
-        raise ValueError(f"{what} is no tree like params: {why}") from why
+        raise ValueError(f"{what} must have the structure of params: {why}") from why
     for layer, x in zip(layers, leaves, strict=True):
         if x is not None:
             check_shape(x, layer.array, f"{what} at {layer.name!r}", "the parameter")

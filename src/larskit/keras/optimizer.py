@@ -252,8 +252,8 @@ class LARS(keras.optimizers.Optimizer):
         out = [any(re.search(x, path) for x in excluded) for path in paths]
         if excluded and not any(out):
             raise ValueError(
-                f"none of {', '.join(paths)} is what was excluded from {what} "
-                f"({', '.join(excluded)}): check the names"
+                f"the exclusions from {what} ({', '.join(excluded)}) match none of the "
+                f"variables {', '.join(paths)}: check the names"
             )
         return [a and not b for a, b in zip(chosen, out, strict=True)]
 

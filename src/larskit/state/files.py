@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and named arrays in them (safetensors).
+"""Files that are written atomically, and named arrays in them (safetensors).
 
 A file is written beside its destination, flushed to the disk and moved into place in
 one step, so that an interrupted write leaves the old file as it was.

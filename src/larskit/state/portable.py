@@ -473,9 +473,7 @@ def _counted(state: PortableState, step: int | None) -> PortableState:
         return state
     step = operator.index(step)
     if state.step not in (None, step):
-        raise ValueError(
-            f"step={step}, but {state.step} steps were counted: leave step away"
-        )
+        raise ValueError(f"step={step}, but {state.step} steps were counted: omit step")
     return replace(state, step=step)
 
 
@@ -483,16 +481,16 @@ def _mapped(own: Iterable[str], names: Names) -> dict[str, str]:
     """Return the new name of each layer, all different."""
     if isinstance(names, Mapping):
         if missing := [name for name in own if name not in names]:
-            raise ValueError(f"names has nothing for {listed(missing)}: add it")
+            raise ValueError(f"names has no entry for {listed(missing)}: add it")
         new = {name: names[name] for name in own}
     else:
         new = {name: names(name) if names else name for name in own}
     for name, other in new.items():
         if not isinstance(other, str):
-            raise TypeError(f"names makes {other!r} of {name!r}, expected a string")
+            raise TypeError(f"names maps {name!r} to {other!r}, expected a string")
     if twice := [name for name, n in Counter(new.values()).items() if n > 1]:
         raise ValueError(
-            f"names makes {listed(twice)} of more than one layer: give each its own"
+            f"names maps several layers to {listed(twice)}: give each its own name"
         )
     return new
 

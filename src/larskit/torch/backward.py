@@ -45,9 +45,8 @@ class StepInBackward(Stepper):
         name = name_of(index, group, row)
         if p in self._stepped:
             raise RuntimeError(
-                f"{name!r} has moved along its gradient, and here is another one: "
-                "call optimizer.step() after each backward pass; gradients cannot be "
-                "accumulated while they are used at once"
+                f"{name!r} got a second gradient before optimizer.step(): call step() "
+                "after each backward pass, as step_in_backward accumulates nothing"
             )
         only = {name: is_selected(group, name, row) for name in PER_LAYER}
         alone = {**group, **only, "params": [p], "param_names": [name]}
@@ -169,8 +168,8 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> StepInBackward:
         )
     if (processes := _processes()) > 1:
         raise RuntimeError(
-            f"{processes} processes train, and a gradient would be used before they "
-            "have averaged it: use optimizer.step() alone"
+            f"step_in_backward supports one process, got {processes}: it would use "
+            "gradients before they are averaged; use optimizer.step() alone"
         )
     stepper = StepInBackward(optimizer)
     optimizer._stepper = stepper  # pyright: ignore[reportAttributeAccessIssue]

@@ -47,7 +47,7 @@ def launch(kernel: Any, programs: int, *arguments: Any) -> None:
 def main() -> None:
     no_gpu: Any = NoGpu()
     driver.set_active(no_gpu)
-    group.INTERPRETED = True  # CPU tensors stand for those of the GPU
+    group.INTERPRETED = True  # CPU tensors replace those of the GPU
     group.refusal_of = lambda device: None
     group._launch = launch
     w, g = ([torch.ones(5000), torch.ones(3)] for _ in range(2))

@@ -2,10 +2,10 @@
 
 import brainpy  # pyright: ignore[reportMissingImports]
 import brainpy.math as bm  # pyright: ignore[reportMissingImports]
+import implementations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peers
 import pytest
 
 from larskit.jax import LARS
@@ -96,20 +96,24 @@ def test_a_schedule_of_the_step_count_is_traced_by_jit():
 
 
 def test_the_configuration_of_the_page_is_that_of_brainpy():
-    momentum, weight_decay, tc = peers.HYPERPARAMETERS.values()
+    momentum, weight_decay, tc = implementations.HYPERPARAMETERS.values()
 
     def theirs():
         lr = bm.Variable(jnp.asarray(0.0))
-        weights = {k: bm.TrainVar(jnp.asarray(w)) for k, w in peers.WEIGHTS.items()}
+        weights = {
+            k: bm.TrainVar(jnp.asarray(w)) for k, w in implementations.WEIGHTS.items()
+        }
         optimizer = brainpy.optim.LARS(lr, weights, momentum, weight_decay, tc)
-        for gradients, rate in peers.steps():
+        for gradients, rate in implementations.steps():
             lr.value = jnp.asarray(rate)
             optimizer.update({k: jnp.asarray(g) for k, g in gradients.items()})
             yield {k: np.asarray(w.value) for k, w in weights.items()}
 
-    ours = peers.ours(**peers.configurations()["brainpy.optim.LARS"])
+    ours = implementations.larskit_run(
+        **implementations.configurations()["brainpy.optim.LARS"]
+    )
     with jax.enable_x64(True):
-        peers.assert_same(ours, theirs())
+        implementations.assert_same(ours, theirs())
 
 
 @pytest.mark.parametrize(("weight", "gradient"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
@@ -186,5 +190,5 @@ def test_variables_of_brainpy_move_too():
 
 def test_as_a_pytree_it_refuses_a_scheduler_that_is_none():
     optimizer = LARS(SCHEDULES["exponential"](), network())
-    with pytest.raises(TypeError, match="is no pytree"):
+    with pytest.raises(TypeError, match="is not a pytree"):
         jax.jit(lambda optimizer: optimizer)(optimizer)

@@ -3,8 +3,8 @@
 import chainer  # pyright: ignore[reportMissingImports]
 import chainer.functions as F  # pyright: ignore[reportMissingImports]
 import chainer.links as L  # pyright: ignore[reportMissingImports]
+import implementations
 import numpy as np
-import peers
 import pytest
 
 from larskit import GradientLARS, functional
@@ -139,7 +139,7 @@ def test_skips_unset_parameters():
     np.testing.assert_array_equal(without_gradient.array, 1)
 
 
-PEER = "Chainer GradientLARS, MomentumSGD"
+NAME = "Chainer GradientLARS, MomentumSGD"
 
 
 def optimized(weights, **hook):
@@ -149,7 +149,7 @@ def optimized(weights, **hook):
     with link.init_scope():
         for name, param in params.items():
             setattr(link, name.replace(".", "_"), param)
-    momentum = peers.HYPERPARAMETERS["momentum"]
+    momentum = implementations.HYPERPARAMETERS["momentum"]
     optimizer = chainer.optimizers.MomentumSGD(1.0, momentum).setup(link)
     optimizer.add_hook(THEIRS(**hook))
     return optimizer, params
@@ -157,26 +157,28 @@ def optimized(weights, **hook):
 
 def test_the_configuration_of_the_page_is_chainers_under_a_changing_rate():
     def theirs():
-        decay = peers.HYPERPARAMETERS["weight_decay"]
-        optimizer, params = optimized(peers.WEIGHTS, weight_decay=decay)
-        for gradients, optimizer.lr in peers.steps():
+        decay = implementations.HYPERPARAMETERS["weight_decay"]
+        optimizer, params = optimized(implementations.WEIGHTS, weight_decay=decay)
+        for gradients, optimizer.lr in implementations.steps():
             for name, param in params.items():
                 param.grad = gradients[name].copy()
             optimizer.update()
             yield {name: param.array.copy() for name, param in params.items()}
 
-    peers.assert_same(peers.ours(**peers.configurations()[PEER]), theirs())
+    implementations.assert_same(
+        implementations.larskit_run(**implementations.configurations()[NAME]), theirs()
+    )
 
 
 def test_without_gradient_chainer_forgets_the_decay():
-    """A layer without gradient loses `lr` of its length, whatever the decay is."""
+    """A layer without gradient shrinks by `lr`, whatever the decay is."""
     w = np.array([[3.0, 4.0]])
     optimizer, params = optimized({"w": w}, weight_decay=0.01)
     params["w"].grad = np.zeros_like(w)
     optimizer.lr = 0.5
     optimizer.update()
     np.testing.assert_allclose(params["w"].array, w - 0.5 * w)
-    configuration = {**peers.configurations()[PEER], "weight_decay": 0.01}
+    configuration = {**implementations.configurations()[NAME], "weight_decay": 0.01}
     state = functional.init(w)
     ours, _ = functional.update(w, np.zeros_like(w), state, 0.5, **configuration)
     np.testing.assert_allclose(ours, w - 0.5 * 0.01 * w)

@@ -9,8 +9,8 @@ import inspect
 import tempfile
 from typing import Any
 
+import implementations
 import numpy as np
-import peers
 import pytest
 
 import larskit
@@ -147,15 +147,17 @@ def test_a_layer_of_zeros_stands_still_in_ivy_and_moves_here():
 @pytest.mark.parametrize("backend", ["numpy"], indirect=True)
 def test_the_configuration_of_the_page_is_ivy_without_decay():
     def theirs():
-        weights = {k: to_ivy(w) for k, w in peers.WEIGHTS.items() if w.any()}
-        for gradients, lr in peers.steps():
+        weights = {k: to_ivy(w) for k, w in implementations.WEIGHTS.items() if w.any()}
+        for gradients, lr in implementations.steps():
             for k, w in weights.items():
                 weights[k] = ivy.lars_update(w, to_ivy(gradients[k]), lr)
             yield {k: w.data for k, w in weights.items()}
 
     to_ivy = functools.partial(ivy.array, dtype="float64")
-    ours = peers.ours(**peers.configurations()["ivy.lars_update"])
-    peers.assert_same(ours, theirs())
+    ours = implementations.larskit_run(
+        **implementations.configurations()["ivy.lars_update"]
+    )
+    implementations.assert_same(ours, theirs())
 
 
 def test_with_a_decay_a_layer_of_zeros_is_nan_in_ivy():

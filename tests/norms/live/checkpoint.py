@@ -1,4 +1,4 @@
-"""Saves a training run of four processes, and goes on with it in four, two and one.
+"""Saves a training run of four processes, and resumes it in four, two and one.
 
 Run by test_checkpoint_dtensor.py through torchrun. The first process writes a JSON
 object: for each case the parameters that differ from those of a run that went on.

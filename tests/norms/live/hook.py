@@ -1,4 +1,4 @@
-"""Steps sharded layers under an attached hook, and the same layers whole.
+"""Steps sharded layers under an attached hook, and the same layers unsharded.
 
 Run by test_hook_dtensor.py through torchrun. The first process writes a JSON object:
 for each case the parameters that differ, and the collectives of one step.

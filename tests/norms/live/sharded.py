@@ -1,4 +1,4 @@
-"""Steps sharded layers in several processes, and the same layers whole in one of them.
+"""Steps sharded layers in several processes, and in one of them unsharded.
 
 Run by test_dtensor.py through torchrun. The first process writes a JSON object: for
 each case the parameters that differ, and the collectives of one step.

@@ -1,4 +1,4 @@
-"""One run that every implementation of LARS is sent through, and what of it is ours.
+"""One run for every implementation of LARS, and larskit's result for it.
 
 The configurations that make larskit do what another implementation does are those of
 docs/implementations.md, so that the page says what was tested.
@@ -23,7 +23,7 @@ WEIGHTS: Weights = {
     "dense.b": np.zeros(5),
     "batch_normalization.bias": _rng.normal(size=7),
     "head.scale": _rng.normal(size=3),
-    "head.shift": np.full(2, 1e-3),  # so short that Chainer does not adapt it
+    "head.shift": np.full(2, 1e-3),  # its norm is too small for Chainer to adapt it
     "head.temperature": np.array(0.7),
 }
 # A warm-up from a rate of 0, and then a decay, over 20 steps. They and the following
@@ -46,7 +46,7 @@ def steps() -> Iterator[tuple[Weights, float]]:
 
 
 def configurations() -> dict[str, dict[str, Any]]:
-    """Return the keyword arguments of each peer, from the first code of the page."""
+    """Return larskit's arguments for each implementation, from the page's code."""
     found = re.search(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     assert found, f"{PAGE} has no code"
     scope: dict[str, Any] = {}
@@ -54,7 +54,7 @@ def configurations() -> dict[str, dict[str, Any]]:
     return scope["configurations"]
 
 
-def ours(**configuration: Any) -> Iterator[Weights]:
+def larskit_run(**configuration: Any) -> Iterator[Weights]:
     """Yield the weights after each step of larskit on NumPy."""
     weights, state = WEIGHTS, functional.init(WEIGHTS)
     for gradients, lr in steps():

@@ -1,8 +1,8 @@
-"""One fit that every client makes, and what it must come to.
+"""One fit that every integration runs, and its expected weights.
 
 Two dense layers, the mean squared error, ten steps. The expected weights are those of
-`larskit.functional` on NumPy in float64, from gradients that are written out here; a
-client starts from the same weights and uses its own network, loss and gradients.
+`larskit.functional` on NumPy in float64, from gradients that are written out here; an
+integration starts from the same weights, with its own network, loss and gradients.
 """
 
 import itertools
@@ -23,7 +23,7 @@ LR = 0.1
 MOMENTUM = 0.9
 DECAY = 0.01
 HYPERPARAMETERS = (LR, MOMENTUM, DECAY, 0.1)  # in the order of every optimizer
-ADAM_EPS = 1e-2  # so that a gradient near 0 does not become a step of full length
+ADAM_EPS = 1e-2  # so that a gradient near 0 does not become a step of full size
 
 _rng = np.random.default_rng(0)
 SHAPES = ((6, 16), (16,), (16, 3), (3,))
@@ -127,11 +127,11 @@ def _layers(fit: Iterable[Weights]) -> Iterator[Any]:
 
 
 def run(package: str, rows: dict[str, tuple[Callable[[], Any], Iterable[Any]]]) -> None:
-    """Make the fit that the command line names, and print its line."""
+    """Run the fit that the command line names, and print its result."""
     (_, name) = sys.argv
     found, expected = rows[name]
     line = {
-        "client": package,
+        "package": package,
         "version": version(package),
         "ran": name,
         "difference": difference(found(), expected),

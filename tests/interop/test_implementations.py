@@ -1,7 +1,8 @@
 """larskit beside other implementations of LARS: real ones, and some restated.
 
-brainpy, Chainer and ivy have environments of their own: `live/`. Where a peer is wrong,
-a test says so; it fails once the peer is mended, and docs/implementations.md with it.
+brainpy, Chainer and ivy have environments of their own: `live/`. Where another
+implementation is wrong, a test says so; it fails once that is fixed, and then
+docs/implementations.md must change too.
 """
 
 import importlib
@@ -15,14 +16,14 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import environments
+import implementations
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peers
 import pytest
 import torch
-from peers import HYPERPARAMETERS, WEIGHTS, Weights, assert_same, steps
+from implementations import HYPERPARAMETERS, WEIGHTS, Weights, assert_same, steps
 
 import larskit.jax
 from larskit import functional
@@ -66,7 +67,7 @@ def by_torch(make: Callable[[dict[str, torch.nn.Parameter]], Any]) -> Trajectory
 
 def by_optax(make: Callable[..., Any], **arguments: Any) -> Trajectory:
     """Yield the weights after each step of an optax transformation."""
-    rates = jnp.asarray(peers.RATES)
+    rates = jnp.asarray(implementations.RATES)
     optimizer = make(lambda count: rates[count], **{**HYPERPARAMETERS, **arguments})
     weights: Any = jax.tree.map(jnp.asarray, WEIGHTS)
     state = optimizer.init(weights)
@@ -76,8 +77,8 @@ def by_optax(make: Callable[..., Any], **arguments: Any) -> Trajectory:
         yield weights
 
 
-FACES: dict[str, Callable[..., Trajectory]] = {
-    "functional, NumPy": peers.ours,
+APIS: dict[str, Callable[..., Trajectory]] = {
+    "functional, NumPy": implementations.larskit_run,
     "functional, JAX": by_jax,
     "jax.lars": partial(by_optax, larskit.jax.lars),
     "torch.LARS": lambda **configuration: by_torch(
@@ -95,10 +96,10 @@ optax_lars = partial(by_optax, optax.lars)
 
 
 @cache
-def torch_peer(module: str) -> ModuleType:
-    """Import from the peers' environment; of timm one folder, it needs torchvision."""
-    python = environments.python(*environments.TORCH_PEERS)
-    assert python.exists(), "no torch peers: `make environments` makes them"
+def import_other(module: str) -> ModuleType:
+    """Import from their environment; of timm one folder, as timm needs torchvision."""
+    python = environments.python(*environments.TORCH_OTHERS)
+    assert python.exists(), "no other torch implementations: run `make environments`"
     folder = next(python.parents[1].glob("lib/python*/site-packages"))
     timm = ModuleType("timm_optim")
     timm.__path__ = [str(folder / "timm" / "optim")]
@@ -110,12 +111,12 @@ def torch_peer(module: str) -> ModuleType:
 
 def timm_lars(params: Iterable[Any], lr: float = 1.0, **arguments: Any) -> Any:
     trust = {"trust_coeff": ETA, "momentum": MU, "weight_decay": WD}
-    make = torch_peer("timm_optim.lars").Lars
+    make = import_other("timm_optim.lars").Lars
     return make(params, lr, **{**trust, **arguments})
 
 
 def pytorch_optimizer(params: Iterable[Any], lr: float = 1.0, **arguments: Any) -> Any:
-    make = torch_peer("pytorch_optimizer").LARS
+    make = import_other("pytorch_optimizer").LARS
     return make(params, lr, **{**HYPERPARAMETERS, **arguments})
 
 
@@ -163,9 +164,9 @@ EXCLUDED = ("batch_normalization", "bias", "head_supervised")
 
 
 def ratio(w: Any, x: Any) -> Any:
-    """Return ``eta*|w| / |x|``, and 1 where either has no length."""
-    lengths = np.linalg.norm(w), np.linalg.norm(x)
-    return ETA * lengths[0] / lengths[1] if all(lengths) else 1.0
+    """Return ``eta*|w| / |x|``, and 1 where either norm is 0."""
+    norms = np.linalg.norm(w), np.linalg.norm(x)
+    return ETA * norms[0] / norms[1] if all(norms) else 1.0
 
 
 def simclr(name: str, w: Any, g: Any, v: Any, lr: float, nesterov: bool = False) -> Any:
@@ -253,7 +254,7 @@ def restated(rule: Callable[..., Any], **arguments: Any) -> Trajectory:
 class Case(NamedTuple):
     """An implementation, by its name in the docs, and what differs from that page."""
 
-    peer: str
+    name: str
     run: Callable[[], Trajectory]
     changed: dict[str, Any] = {}  # noqa: RUF012
 
@@ -278,9 +279,9 @@ CASES = (
     ),
     *(
         Case(
-            peer, partial(torch_run, timm_lars, foreach=foreach, **theirs, **more), more
+            name, partial(torch_run, timm_lars, foreach=foreach, **theirs, **more), more
         )
-        for peer, theirs in (
+        for name, theirs in (
             ("timm Lars", {}),
             ("timm Lars, trust_clip=True", {"trust_clip": True}),
         )
@@ -311,8 +312,8 @@ CASES = (
         {"eps": 1 / 8, "adapt": True, "decay": True},
     ),
     *(
-        Case(peer, partial(restated, rule, **more), more)
-        for peer, rule in (
+        Case(name, partial(restated, rule, **more), more)
+        for name, rule in (
             ("SimCLR, TensorFlow models", simclr),
             ("SimCLR, classic_momentum=False", simclr_popular),
             ("MLPerf reference", mlperf),
@@ -341,32 +342,36 @@ def theirs(case: int) -> list[Weights]:
         return list(CASES[case].run())
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize(
-    "case", range(len(CASES)), ids=lambda i: f"{CASES[i].peer}-{i}"
+    "case", range(len(CASES)), ids=lambda i: f"{CASES[i].name}-{i}"
 )
-def test_the_configuration_of_the_page_is_the_peer(case, face):
-    configuration = peers.configurations()[CASES[case].peer] | CASES[case].changed
+def test_the_page_configures_larskit_as_the_implementation(case, api):
+    configuration = (
+        implementations.configurations()[CASES[case].name] | CASES[case].changed
+    )
     with jax.enable_x64(True):
-        assert_same(FACES[face](**configuration), theirs(case))
+        assert_same(APIS[api](**configuration), theirs(case))
 
 
 def test_every_configuration_of_the_page_is_tested():
-    assert {case.peer for case in CASES} | LIVE == set(peers.configurations())
+    assert {case.name for case in CASES} | LIVE == set(implementations.configurations())
 
 
-def test_the_run_tells_the_configurations_apart():
-    """Whatever two configurations differ in, but for a tiny eps, can be seen."""
+def test_the_run_distinguishes_the_configurations():
+    """Every difference of two configurations shows, except a tiny eps."""
     found = {}
-    for name, configuration in peers.configurations().items():
+    for name, configuration in implementations.configurations().items():
         visible = {key: x for key, x in configuration.items() if key != "eps"}
-        *_, found[repr(sorted(visible.items())), name] = peers.ours(**configuration)
+        *_, found[repr(sorted(visible.items())), name] = implementations.larskit_run(
+            **configuration
+        )
     for ((a, name), x), ((b, other), y) in itertools.combinations(found.items(), 2):
         apart = max(np.abs(x[layer] - y[layer]).max() for layer in WEIGHTS)
-        assert a == b or apart > 1e-3, f"{name} and {other} do the same: {apart}"
+        assert a == b or apart > 1e-3, f"{name} and {other} are the same: {apart}"
 
 
-# --- where they are wrong -------------------------------------------------------------
+# --- known differences and bugs -------------------------------------------------------
 
 
 W, G = np.array([[3.0, 4.0]]), np.array([[1.0, 2.0]])
@@ -381,8 +386,12 @@ def one_torch_step(make: Callable[..., Any], w: Any, g: Any, **arguments: Any) -
     return param.detach().numpy(), param.grad.numpy()
 
 
-def our_step(peer: str, w: Any, g: Any, lr: float = 1.0, **changed: Any) -> Any:
-    configuration = {**HYPERPARAMETERS, **peers.configurations()[peer], **changed}
+def our_step(name: str, w: Any, g: Any, lr: float = 1.0, **changed: Any) -> Any:
+    configuration = {
+        **HYPERPARAMETERS,
+        **implementations.configurations()[name],
+        **changed,
+    }
     return functional.update(w, g, functional.init(w), lr, **configuration)[0]
 
 
@@ -401,7 +410,7 @@ def test_timm_without_decay_is_sgd():
     assert same(our_step("timm Lars", W, G, weight_decay=0), paper_step(0))
 
 
-def test_timm_clips_the_step_of_a_layer_without_length():
+def test_timm_clips_the_step_of_a_zero_layer():
     """Its ratio of 1 is divided by the rate too, when that is above 1."""
     theirs, _ = one_torch_step(timm_lars, ZERO, G, lr=4.0, trust_clip=True)
     assert same(theirs, -G)
@@ -424,7 +433,7 @@ def test_only_pytorch_optimizer_writes_into_the_gradients(make, kept, foreach):
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-def test_pytorch_optimizer_adapts_a_layer_without_gradient(foreach):
+def test_pytorch_optimizer_adapts_a_layer_of_zero_gradient(foreach):
     """Its decay becomes ``eta*w``, whatever the decay is."""
     theirs, _ = one_torch_step(pytorch_optimizer, W, ZERO, foreach=foreach)
     assert same(theirs, W - ETA * W)
@@ -441,7 +450,7 @@ def test_pytorch_optimizer_dampens_the_first_step():
     assert same(ours, sgd)
 
 
-def test_pytorch_optimizer_swallows_what_it_does_not_know():
+def test_pytorch_optimizer_ignores_unknown_arguments():
     theirs, _ = one_torch_step(pytorch_optimizer, W, G, eps=100.0, trust_clip=True)
     assert same(theirs, paper_step(WD))
     with pytest.raises(TypeError, match="trust_clip"):
