@@ -171,10 +171,10 @@ struct Span {
 };
 
 // The addresses of a layer's weights, gradient, buffer, result and new buffer, its size,
-// and whether it is adapted and decayed.
+// and whether it is adapted, is decayed and carries its norm.
 using Address = std::uintptr_t;
 using Row = std::tuple<Address, Address, Address, Address, Address, std::int64_t, bool,
-                       bool>;
+                       bool, bool>;
 
 // Layers whose arrays stay where they are; only their gradients may be replaced. `scales`
 // where the results are scaled gradients, not weights, and `in_place` where these are
@@ -188,9 +188,9 @@ public:
     read(dtype, weights);
     read(gradient_dtype, gradients);
     std::vector<Layer> layers;
-    for (const auto &[w, g, v, result, new_v, size, adapt, decay] : rows)
+    for (const auto &[w, g, v, result, new_v, size, adapt, decay, carries] : rows)
       layers.push_back({pointer(w), pointer(g), pointer(v), pointer(result),
-                        pointer(new_v), size, adapt, decay});
+                        pointer(new_v), size, adapt, decay, carries});
     batch_ = std::make_unique<Batch>(weights, gradients, std::move(layers), with_torch);
     bytes_ = bytes(weights);
     gradient_bytes_ = bytes(gradients);
@@ -262,11 +262,8 @@ public:
     alone([&] { batch_->measure(options, table(stats), threads); });
   }
 
-  void step(const Options &options, Address stats, int threads, bool update_norms,
-            bool result_norms) {
-    alone([&] {
-      batch_->step(options, table(stats), threads, update_norms, result_norms);
-    });
+  void step(const Options &options, Address stats, int threads, bool update_norms) {
+    alone([&] { batch_->step(options, table(stats), threads, update_norms); });
     for (Layer &layer : batch_->layers)
       layer.buffer = layer.new_buffer;
   }
@@ -393,7 +390,8 @@ bool scale_array(const Options &options, nb::handle weights, nb::handle gradient
     return false;
   const std::int64_t size = (*w).len / (*w).itemsize;
   Batch batch(dtype, dtype,
-              {{(*w).buf, (*g).buf, nullptr, (*g).buf, nullptr, size, true, true}}, false);
+              {{(*w).buf, (*g).buf, nullptr, (*g).buf, nullptr, size, true, true, false}},
+              false);
   Stats stats{-1, -1, -1, -1, -1};
   without_lock([&] { batch.scale(options, &stats, threads); });
   return true;
@@ -421,6 +419,7 @@ NB_MODULE(_native, m) {
   m.attr("FIELDS") = std::vector<std::string>{LARSKIT_FIELDS(LARSKIT_NAME)};
 #undef LARSKIT_NAME
   m.attr("serial_below") = serial_below;
+  m.attr("undivided") = undivided;
   m.def("end", &end);
   m.def("variant", [] {
     return std::string(loops(Dtype::float32, Dtype::float32).name);

@@ -10,10 +10,6 @@
 namespace larskit {
 namespace {
 
-// In elements: the largest layer that one thread takes whole. Its weights and gradient are
-// then still in that thread's cache when it writes the results.
-constexpr std::int64_t undivided = 256 * 1024;
-
 // In blocks: what a thread takes of a larger layer at a time. It is also what is written at
 // a time where results are measured, so that they are read from the cache.
 constexpr std::int64_t chunk = 64;
@@ -78,7 +74,7 @@ struct Batch::Call {
 
   Stats *stats;
   Loops::Write write;
-  bool update_norms = false, result_norms = false;
+  bool update_norms = false;
 
 private:
   Options decayed_, plain_;
@@ -90,6 +86,7 @@ Batch::Batch(Dtype weights, Dtype gradients, std::vector<Layer> layers, bool wit
   for (const Layer &layer : this->layers) {
     starts_.push_back(starts_.back() + blocks(layer));
     size_ += layer.size;
+    carries_ |= layer.carries;
   }
 }
 
@@ -97,11 +94,9 @@ void Batch::measure(const Options &o, Stats *stats, int threads) {
   run(Call(o, stats), threads);
 }
 
-void Batch::step(const Options &o, Stats *stats, int threads, bool update_norms,
-                 bool result_norms) {
+void Batch::step(const Options &o, Stats *stats, int threads, bool update_norms) {
   Call call(o, stats, loops_.step);
   call.update_norms = update_norms;
-  call.result_norms = result_norms;
   run(call, threads);
 }
 
@@ -113,7 +108,7 @@ void Batch::scale(const Options &o, Stats *stats, int threads) {
 
 void Batch::run(const Call &call, int threads) {
   plan(size_ < (with_torch_ ? serial_below_with_torch : serial_below) ? 1 : threads);
-  const int arrays = call.update_norms || call.result_norms ? 4 : 2;
+  const int arrays = call.update_norms || carries_ ? 4 : 2;
   if (sums_.size() < std::size_t(arrays * starts_.back()))
     sums_.resize(arrays * starts_.back());
   for (std::size_t i = 0; i < layers.size(); ++i) { // relaxed: threads start with a lock
@@ -259,13 +254,13 @@ void Batch::write(const Call &call, const Piece &piece) {
   const std::int64_t n = piece.last - piece.first;
   call.write(o, layer, stats.trust_ratio, piece.first, piece.last,
              call.update_norms ? sums(i, of_update) : nullptr);
-  if (call.result_norms)
+  if (layer.carries)
     loops_.result(o, layer, piece.first, piece.last, sums(i, of_result));
   if (progress_[i].unwritten.fetch_sub(n) != n)
     return;
   if (call.update_norms)
     stats.update_norm = norm(i, of_update);
-  if (call.result_norms)
+  if (layer.carries)
     stats.result_norm = norm(i, of_result);
 }
 

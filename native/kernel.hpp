@@ -37,12 +37,12 @@ struct Options {
 
 // One layer: arrays of `size` elements in one memory order. What is written may be the
 // very array that is read. `buffer` is null before the first step, and `new_buffer` where
-// none is kept.
+// none is kept. A layer that `carries` has the norm of its result computed too.
 struct Layer {
   const void *weights, *gradient, *buffer;
   void *result, *new_buffer;
   std::int64_t size;
-  bool adapt, decay;
+  bool adapt, decay, carries;
 };
 
 // The statistics of a layer. A norm that is negative is not known yet: a caller that knows
@@ -50,12 +50,16 @@ struct Layer {
 struct Stats {
   double weight_norm, gradient_norm, trust_ratio;
   double update_norm; // of what the step subtracts from the weights, if asked for
-  double result_norm; // of the new weights, if asked for
+  double result_norm; // of the new weights, where the layer carries it
 };
 
 // In elements: a smaller group takes less time than waking a second thread. Torch's threads
 // are still awake after its own operations.
 constexpr std::int64_t serial_below = 512 * 1024, serial_below_with_torch = 128 * 1024;
+
+// In elements: the largest layer that one thread takes whole. Its weights and gradient are
+// then still in that thread's cache when it writes the results.
+constexpr std::int64_t undivided = 256 * 1024;
 
 // Block k of an array is its elements [k * block, (k + 1) * block).
 constexpr std::int64_t rows = 32, lanes = 32, block = rows * lanes;
@@ -97,8 +101,7 @@ public:
   void measure(const Options &, Stats *, int threads);
 
   // Write the new weights and buffers.
-  void step(const Options &, Stats *, int threads, bool update_norms,
-            bool result_norms);
+  void step(const Options &, Stats *, int threads, bool update_norms);
 
   // Write r*u, in the dtype of the gradients.
   void scale(const Options &, Stats *, int threads);
@@ -142,6 +145,7 @@ private:
   // For each section of the pieces, where the share of each thread begins, and the end.
   std::vector<int> shares_;
   int threads_ = 0; // that the pieces are divided among
+  bool carries_ = false;
   std::int64_t size_ = 0;
 };
 

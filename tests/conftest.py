@@ -40,6 +40,15 @@ if find_spec("hypothesis"):
     settings.load_profile("quick")
 
 
+@pytest.fixture
+def every_layer_carries() -> Iterator[None]:
+    """Have small layers carry their norms too."""
+    from cases import carrying
+
+    with carrying(0):
+        yield
+
+
 @pytest.fixture(scope="session")
 def python() -> Callable[..., str]:
     """Return what runs a program in a fresh Python, and gives what it has printed."""

@@ -3,11 +3,12 @@ from typing import Any
 
 FIELDS: list[str]
 serial_below: int
+undivided: int
 
 class Options:
     def __init__(self, config: object, lr: object, /) -> None: ...
 
-Row = tuple[int, int, int, int, int, int, bool, bool]
+Row = tuple[int, int, int, int, int, int, bool, bool, bool]
 
 class Group:
     def __init__(
@@ -33,7 +34,6 @@ class Group:
         stats: int,
         threads: int,
         update_norms: bool,
-        result_norms: bool,
         /,
     ) -> None: ...
     def scale(self, options: Options, stats: int, threads: int, /) -> None: ...

@@ -121,6 +121,27 @@ def check_array(x: Any, what: str) -> None:
     if not is_array(x):
         raise TypeError(f"{what} is a {type(x).__name__}, expected an array")
     check_floating(x, what)
+    if framework(x) == "torch":
+        check_memory(x, what)
+
+
+def check_memory(x: Any, what: str) -> None:
+    """Refuse a torch tensor without memory: torch's own operations crash at one."""
+    torch = sys.modules["torch"]
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter)
+    if not plain or not x.numel() or torch.compiler.is_compiling():
+        return
+    try:
+        held = x.untyped_storage().nbytes() // x.itemsize
+    except (RuntimeError, NotImplementedError):  # inside torch.func.vmap and the like
+        return
+    extents = zip(x.shape, x.stride(), strict=True)
+    needed = x.storage_offset() + 1 + sum((n - 1) * stride for n, stride in extents)
+    if held < needed:
+        raise RuntimeError(
+            f"{what} needs {needed} elements of memory, but its storage has {held}: it "
+            "was freed or resized; restore it first"
+        )
 
 
 def check_shape(x: Array, like: Array, what: str, other: str) -> None:

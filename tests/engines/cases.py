@@ -2,14 +2,15 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
 from larskit.config import Config
-from larskit.engines import Layers, Switches
+from larskit.engines import Layers, Switches, native
 from larskit.rule import LayerStats
 
 DEVICE = os.environ.get("LARSKIT_TEST_DEVICE", "cpu")  # where Triton's kernels run
@@ -42,6 +43,17 @@ def _configs():
             continue
     for options in EXTRAS:
         yield Config(**{"weight_decay": 0.01, "trust_coefficient": 0.02} | options)
+
+
+@contextmanager
+def carrying(least: int) -> Iterator[None]:
+    """Have the native engine carry the norms of layers of at least as many elements."""
+    before = native.CARRIES_ABOVE
+    native.CARRIES_ABOVE = least - 1
+    try:
+        yield
+    finally:
+        native.CARRIES_ABOVE = before
 
 
 CONFIGS = list(_configs())

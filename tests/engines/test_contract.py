@@ -270,6 +270,7 @@ def test_rebinding_other_gradients(engine: str, config: Config) -> None:
 
 
 @every_engine
+@pytest.mark.usefixtures("every_layer_carries")
 def test_carried_norms_are_refused_or_used(engine: str) -> None:
     config, switches = Config(), Switches(carry_norms=True)
     if engine not in FUSED:

@@ -16,6 +16,7 @@ from cases import (
     EXACT,
     LAYOUTS,
     array,
+    carrying,
     configs,
     same,
     step_,
@@ -79,8 +80,16 @@ def test_it_equals_the_reference_bitwise(config, sizes, dtypes, layout, threads)
 LARGE = [900_000, 3, 40_000, 0, 300_007, 1024]
 
 
+@pytest.fixture(params=["torch's threads", "threads of its own"])
+def pool(request, monkeypatch):
+    """Have the kernel use torch's OpenMP team, or not although torch is loaded."""
+    if request.param != "torch's threads":
+        make = _native.Group
+        monkeypatch.setattr(_native, "Group", lambda *given: make(*given[:-1], False))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
-def test_the_number_of_threads_changes_no_bit(threads):
+def test_the_number_of_threads_changes_no_bit(threads, pool):
     config = Config(weight_decay=0.01)
     with limited(threads):
         ours = steps(native, LARGE, EXACT[0], config)
@@ -92,7 +101,7 @@ MIXED = [True, False] * 3, [True, True, False] * 2
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_layers_of_all_flags_in_one_group(threads, nesterov):
+def test_layers_of_all_flags_in_one_group(threads, nesterov, pool):
     config = Config(weight_decay=0.01, nesterov=nesterov)
     generator = torch.Generator().manual_seed(0)
     w, *gradients = (
@@ -130,17 +139,33 @@ def carried_steps(sizes, dtypes, config, threads, layout, disturb=None):
 
 @given(configs(), LISTS, st.sampled_from(EXACT), LAYOUTS, st.sampled_from([1, 2, 3, 8]))
 def test_carried_norms_change_no_bit(config, sizes, dtypes, layout, threads):
-    ours = carried_steps(sizes, dtypes, config, threads, layout)
+    with carrying(0):
+        ours = carried_steps(sizes, dtypes, config, threads, layout)
     assert same(ours, steps(reference, sizes, dtypes, config, layout))
 
 
-def test_carried_norms_of_large_layers():
+def test_carried_norms_of_large_layers(pool):
     config = Config(weight_decay=0.01)
     for threads in (1, 2, 3, 8):
         ours = carried_steps(LARGE, EXACT[0], config, threads, "contiguous")
         assert same(ours, steps(reference, LARGE, EXACT[0], config))
 
 
+def test_small_layers_carry_nothing():
+    sizes = native.CARRIES_ABOVE, native.CARRIES_ABOVE + 1
+    w = [torch.ones(n) for n in sizes]
+    config = Config(momentum=0.0)
+    group = bound(w, [torch.zeros_like(x) for x in w], config=config, carry_norms=True)
+    group.step_(1.0, config)
+    for x in w:
+        x.data.zero_()  # which nothing can see
+    assert group.rebind([torch.zeros_like(x) for x in w])
+    group.step_(1.0, config)
+    small, large = group.stats.weight_norm.tolist()
+    assert (small, large) == (0.0, pytest.approx(sizes[1] ** 0.5))
+
+
+@pytest.mark.usefixtures("every_layer_carries")
 def test_carried_norms_are_used_until_another_caller_writes():
     w = [torch.ones(4), torch.ones(4)]
     g = [torch.ones(4), torch.ones(4)]
@@ -158,6 +183,7 @@ def test_carried_norms_are_used_until_another_caller_writes():
     assert group.stats.weight_norm.tolist()[0] == 6.0
 
 
+@pytest.mark.usefixtures("every_layer_carries")
 def test_a_group_adopts_the_norms_that_another_carries():
     w = [torch.ones(4), torch.full((9,), 2.0), torch.ones(1), torch.ones(4)]
     g = [torch.zeros_like(x) for x in w]
@@ -176,6 +202,7 @@ def test_a_group_adopts_the_norms_that_another_carries():
     assert new.stats.weight_norm.tolist() == [0.0, 1.0, 0.0, 2.0, 7.0]
 
 
+@pytest.mark.usefixtures("every_layer_carries")
 def test_a_group_adopts_the_norms_of_several_others():
     config, switches = Config(momentum=0.0), Switches(carry_norms=True)
     w = [torch.full((4,), 2.0), torch.full((9,), 3.0)]
@@ -381,6 +408,18 @@ def test_strange_numbers(value, dtypes):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"dampening": 0.5}, {"lr_placement": "outside"}]
+)
+def test_a_decay_below_the_range_of_float32_is_a_decay(options):
+    config, found = Config(weight_decay=1e-60, **options), []
+    for engine in (native, reference):
+        w, v = torch.tensor([np.inf, 1.0]), torch.ones(2)
+        step_(engine, [w], [torch.ones(2)], [v], 0.1, config)
+        found.append(w)
+    assert found[0].isnan().tolist() == found[1].isnan().tolist() == [True, True]
+
+
 def test_numpy_arrays_step_in_place():
     w, g = np.ones((3, 4), "float32"), np.full((3, 4), 2.0, "float32")
     v: list[Any] = [None]
@@ -461,6 +500,27 @@ def test_several_python_threads_at_once():
 @pytest.mark.distributed
 def test_a_forked_child_has_a_pool_of_its_own(python):
     assert python(LIVE / "forking.py", LARSKIT_NUM_THREADS="2") == "0 0.5\n"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_a_fork_may_interrupt_a_step(framework, python):
+    assert python(LIVE / "interrupted.py", framework, "10") == "10 of 10 went on\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_a_thousand_forks_may_interrupt_a_step(framework, python):
+    assert (
+        python(LIVE / "interrupted.py", framework, "1000") == "1000 of 1000 went on\n"
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, limits the memory")
+@pytest.mark.parametrize("program", ["team.py", "few_threads.py"])
+def test_it_steps_with_the_threads_that_there_are(program, python):
+    assert python(LIVE / program, LARSKIT_NUM_THREADS="64") == "done\n"
 
 
 @pytest.mark.distributed

@@ -192,6 +192,45 @@ def test_sparse_gradients_are_refused_before_anything_moves():
     assert not optimizer.state
 
 
+FREED = {
+    "parameter": lambda p, optimizer: p,
+    "gradient": lambda p, optimizer: p.grad,
+    "momentum_buffer": lambda p, optimizer: optimizer.state[p]["momentum_buffer"],
+    "master_weight": lambda p, optimizer: optimizer.state[p]["master_weight"],
+}
+
+
+@pytest.mark.parametrize("steps_before", [1, 3])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("what", FREED)
+def test_freed_memory_is_refused_before_anything_moves(what, engine, steps_before):
+    dtype = torch.bfloat16 if what == "master_weight" else torch.float32
+    params = [nn.Parameter(torch.ones(3, 2, dtype=dtype)) for _ in range(2)]
+    optimizer = LARS(params, 1.0, **engine, master_weights=what == "master_weight")
+    for _ in range(steps_before):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    before = params[0].detach().clone()
+    storage = FREED[what](params[1], optimizer).untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    with pytest.raises(
+        RuntimeError, match=rf"{what} of '0.1' needs 6 .* storage has 0"
+    ):
+        optimizer.step()
+    assert torch.equal(params[0].detach(), before)
+    storage.resize_(size)
+    optimizer.step()
+
+
+def test_a_gradient_whose_elements_share_memory_is_not_refused():
+    p = nn.Parameter(torch.ones(3, 2))
+    p.grad = torch.ones(1).expand(3, 2)
+    LARS([p], 1.0).step()
+    assert (p < 1).all()
+
+
 def test_everything_can_differ_between_groups():
     a, b = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
     own = {
@@ -332,6 +371,7 @@ def disturbances():
         if not (carry and disturb.__name__ == "narrowed")  # wide buffers: not native
     ],
 )
+@pytest.mark.usefixtures("every_layer_carries")
 def test_what_is_kept_between_steps_hides_no_change(disturb, carry):
     results = []
     for engine in ({"foreach": False, "fused": False}, {"carry_norms": carry}):
@@ -350,6 +390,7 @@ def test_what_is_kept_between_steps_hides_no_change(disturb, carry):
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.usefixtures("every_layer_carries")
 def test_carried_norms_are_those_that_would_be_measured():
     found = []
     for carry in (False, True):

@@ -12,6 +12,7 @@ from larskit.engines import conditional
 from larskit.torch import LARS, step_in_backward
 
 INF, NAN = math.inf, math.nan
+pytestmark = pytest.mark.usefixtures("every_layer_carries")
 
 
 def layers() -> list[Any]:

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
-from operator import attrgetter, eq
 from typing import Any
 
 import numpy as np
@@ -44,6 +43,9 @@ _DTYPES = {
     "bfloat16": ("bfloat16",),
     "float16": ("float16",),
 }
+# In elements: only layers of more carry their norms. A smaller one is still in the
+# cache of the thread that measured it when it moves: a known norm saves no read.
+CARRIES_ABOVE = _native.undivided if _native else 0
 # The columns of the kernel's `Stats`; it computes the norms that are unknown.
 _WEIGHT_NORM, _GRADIENT_NORM, _TRUST_RATIO, _UPDATE_NORM, _RESULT_NORM = range(5)
 _UNKNOWN = -1.0
@@ -146,8 +148,12 @@ class Group:
         self._new_buffers = _new_buffers(layers, config, scales_gradients)
         self._flags = layers.adapt, layers.decay
         self._scales, self._in_place = scales_gradients, layers.out is None
-        self._carries = carry_norms and not scales_gradients
-        self._carried: Any = None  # the marks of the weights, and their norms
+        self._carries = [  # the places of the layers that do
+            i
+            for i, w in enumerate(self.weights)
+            if carry_norms and not scales_gradients and size(w) > CARRIES_ABOVE
+        ]
+        self._carried: Any = None  # the marks of these layers, and the norms of all
         self._table: Any = None  # the statistics of the last step
         self._full_stats = False
         self._gradients: list[Array] | None = list(layers.gradients)
@@ -155,10 +161,13 @@ class Group:
         self._unscaled: tuple[Array, list[Array]] | None = None
         self._torch = _torch_of(layers)
         self._threads, self._new_table = _environment(self._torch, len(self.weights))
+        # Autograd counts the writes to each tensor by itself.
         self._written = [
             x for x in (*self._results, *self._new_buffers) if x is not None
         ]
         self._kernel = self._make_kernel(dtypes)
+        # DLPack describes the memory of a tensor and does not tell a lazy negation of
+        # it.
         # A lazy negation can be dense only if it has a single element.
         self._single = [i for i, w in enumerate(self.weights) if size(w) == 1]
         self._fixed = self._snapshot()
@@ -169,7 +178,9 @@ class Group:
         buffers = [None] * len(results) if self._scales else self.buffers
         arrays = self.weights, gradients, buffers, results, self._new_buffers
         columns = (map(address, column) for column in arrays)
-        flags = (map(bool, column) for column in self._flags)
+        large = set(self._carries)
+        carries = [i in large for i in range(len(results))]
+        flags = (map(bool, column) for column in (*self._flags, carries))
         rows = [*zip(*columns, map(size, self.weights), *flags, strict=True)]
         with_torch = self._torch is not None
         kernel = _native.Group(*dtypes, rows, self._scales, self._in_place, with_torch)
@@ -187,9 +198,12 @@ class Group:
         """
         if self._torch is None or not (self._in_place or self._scales):
             return None
+        # The old buffers are not among them: a step writes its buffers in place.
         fixed = [*self.weights, *(v for v in self._new_buffers if v is not None)]
         if not self._in_place:
             fixed += self._results
+        # A description through this table of C functions takes 0.07 microseconds. Older
+        # versions of torch do not have it: the group is then bound at each step.
         exchange = getattr(self._torch.Tensor, "__dlpack_c_exchange_api__", None)
         if exchange and self._kernel.snapshot(exchange, fixed, self._gradients or []):
             return fixed
@@ -205,6 +219,7 @@ class Group:
         gradients = list(gradients)
         try:
             fits = self._kernel.rebind(self._fixed, gradients)
+        # DLPack refuses what it cannot describe.
         except (BufferError, RuntimeError):  # for example a sparse gradient
             return False
         if not fits or (
@@ -222,12 +237,14 @@ class Group:
         for group in former:
             if isinstance(group, Group) and group._carried is not None:
                 marks, norms = group._carried
-                rows = zip(marks, norms.tolist(), strict=True)
-                carried.update(zip(map(id, group.weights), rows, strict=True))
+                # Groups change when a gradient is missing for a step; weights stay the
+                # same objects.
+                for i, mark in zip(group._carries, marks, strict=True):
+                    carried[id(group.weights[i])] = mark, norms[i].item()
         if carried:
-            found = [carried.get(id(w), (None, _UNKNOWN)) for w in self.weights]
-            marks, norms = zip(*found, strict=True)
-            self._carried = marks, self._tensor(norms)
+            known = [carried.get(id(w), (None, _UNKNOWN)) for w in self.weights]
+            marks = [known[i][0] for i in self._carries]
+            self._carried = marks, self._tensor([norm for _, norm in known])
 
     def check(self, lr: Scalar, config: Config) -> None:
         """Accept every step: nothing on the CPU is captured."""
@@ -249,12 +266,16 @@ class Group:
     ) -> None:
         """Move every layer along the gradients that were bound last, once."""
         self._full_stats = full_stats
+        # On a CPU nothing is gained by deciding later: the host waits for no device.
         moves = bool(apply_if)
         run = self._kernel.step if moves else self._kernel.measure
-        how = (full_stats, self._carries) if moves else ()
+        how = (full_stats,) if moves else ()
         self._table = self._run(run, lr, config, norms, grad_scale, *how)
+        # The kernel finds |y| while it writes, and here it writes nothing.
         if full_stats and not moves:
             self._table[:, _UPDATE_NORM] = self._update_norms(lr, config)
+        # The caller may free its gradients now: `set_to_none` must not keep their
+        # memory.
         self._drop_gradients()
         if not moves:
             return
@@ -318,12 +339,14 @@ class Group:
         gradients = self._current_gradients()
         if grad_scale is not None:
             gradients = self._unscaled_gradients(gradients, grad_scale)
+        # Unscaled copies, or the gradients themselves again after a step with a scale.
         if gradients is not self._bound:
             self._bound = gradients
             self._kernel.use_gradients([*map(address, gradients)])
         table = self._new_table()
         if norms is not None:
             table[:, _WEIGHT_NORM], table[:, _GRADIENT_NORM] = norms
+        # A norm that another caller has made stale is unknown, and is computed again.
         elif self._carried is not None:
             table[:, _WEIGHT_NORM] = self._still_known()
         options = _native.Options(config, lr)
@@ -340,6 +363,7 @@ class Group:
         self, gradients: list[Array], grad_scale: Array
     ) -> list[Array]:
         """Return copies divided by the loss scale: once for the norms and the step."""
+        # The norms and the step of one call of the optimizer ask with the same scale.
         if self._unscaled is None or self._unscaled[0] is not grad_scale:
             self._unscaled = grad_scale, list(unscaled(gradients, grad_scale))
         return self._unscaled[1]
@@ -358,13 +382,20 @@ class Group:
     def _still_known(self) -> Any:
         """Return the carried norms of the weights that nobody has written since."""
         marks, norms = self._carried
-        same = self._tensor([*map(eq, self._marks(), marks)])
-        return norms.where(same > 0, _UNKNOWN)
+        now = self._marks()
+        if now == marks:
+            return norms
+        norms = norms.clone()
+        for i, *pair in zip(self._carries, now, marks, strict=True):
+            if pair[0] != pair[1]:
+                norms[i] = _UNKNOWN
+        return norms
 
     def _marks(self) -> list[Any]:
         """Return what changes when another caller writes a weight or moves it."""
-        places = map(self._torch.Tensor.data_ptr, self.weights)
-        return [*zip(places, map(attrgetter("_version"), self.weights), strict=True)]
+        # `w.data = other` changes the address and not the version.
+        weights = [self.weights[i] for i in self._carries]
+        return [(w.data_ptr(), w._version) for w in weights]
 
     def _tensor(self, numbers: Iterable[float]) -> Any:
         return self._torch.tensor(numbers, dtype=self._torch.float64)
@@ -376,6 +407,7 @@ class ArrayScaler:
     def __init__(self, config: Config) -> None:
         """Read the hyper-parameters, unless they are arrays, which may change."""
         self._options = None
+        # Chainer calls its hook for each parameter, each time with the same numbers.
         if _native is not None and all(map(is_number, _numbers(config))):
             self._options = _native.Options(config, 0.0)
 

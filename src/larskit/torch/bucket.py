@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from larskit import engines
+from larskit.arrays import check_memory
 from larskit.config import PER_LAYER, Config
 from larskit.engines import Layers
 from larskit.norms import is_sharded
 from larskit.rule import Norms
 from larskit.torch.options import Settings, is_selected
 
-MOMENTUM, MASTER = "momentum_buffer", "master_weight"
+MOMENTUM, MASTER = _TENSORS = "momentum_buffer", "master_weight"
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 _NOTHING: dict[str, Any] = {}
 
@@ -67,9 +68,7 @@ class Bucket:
         p = group["params"][row]
         kept = state.get(p, _NOTHING)
         local, buffer = self._local(p), self._local(kept.get(MOMENTUM))
-        g = self._local(p.grad)
-        for what, x in (("", local), ("gradient of ", g), ("buffer of ", buffer)):
-            _check_memory(x, f"the {what}parameter {name!r}")
+        self._check_memory(p, name, kept)
         w = local
         if self.key.master:
             w = _master(self._local(kept.get(MASTER)), local, written.get(p))
@@ -111,6 +110,7 @@ class Bucket:
             if not self._holds_same_shards(gradients):
                 return False
             gradients = [g.to_local() for g in gradients]
+        # Another caller wrote a parameter of low precision: its master must follow.
         if self.key.master and self.versions() != self._versions:
             return False
         states, keys, values = self._stored
@@ -135,9 +135,12 @@ class Bucket:
         self, lr: Any, config: Config, state: Any, grad_scale: Any, apply_if: Any
     ) -> None:
         """Move the parameters and keep their state; see `engines.Group.step_`."""
+        # The bucket of sharded layers was given the norms of whole layers; else `norms`
+        # is None, and the engine measures in the same call.
         self.group.step_(
             lr, config, self.norms, grad_scale=grad_scale, apply_if=apply_if
         )
+        # Where a tensor decides, the engine writes or keeps the weights on the device.
         if apply_if is False:
             return
         if self.key.master:
@@ -150,6 +153,8 @@ class Bucket:
         """Put the buffers and masters into the optimizer's state, once."""
         self._is_stored = True
         rows = zip(self.params, self._weights, self.group.buffers, strict=True)
+        # State dicts are written once: later steps write into the same tensors. A state
+        # that is loaded or replaced is another object, which `rebind` notices.
         for p, w, v in rows:
             if MASTER in state.get(p, ()) and not self.key.master:
                 del state[p][MASTER]
@@ -165,6 +170,8 @@ class Bucket:
         found = self.group.scale_gradients(config, self.norms, grad_scale)
         if not self.key.sharded:
             return list(found)
+        # The engine returns the same tensors at each step; to make a DTensor takes
+        # longer than to look one up.
         for p, g in zip(self.params, found, strict=True):
             if id(g) not in self._scaled:
                 self._scaled[id(g)] = g, self._placed_as(p, g)
@@ -173,6 +180,12 @@ class Bucket:
     def versions(self) -> list[int]:
         """Return what changes whenever another caller writes a parameter."""
         return [w._version for w in self._locals]
+
+    def _check_memory(self, p: Any, name: str, kept: Any) -> None:
+        arrays = {"parameter": p, "gradient": p.grad}
+        for what, x in {**arrays, **{key: kept.get(key) for key in _TENSORS}}.items():
+            if x is not None:
+                check_memory(self._local(x), f"the {what} of {name!r}")
 
     def _local(self, x: Any) -> Any:
         return x.to_local() if self.key.sharded and x is not None else x
@@ -193,25 +206,11 @@ class Bucket:
         return dtensor.assemble(x, p)
 
 
-def _check_memory(x: Any, what: str) -> None:
-    """Refuse a tensor without memory, at which torch's own operations would crash."""
-    if x is None or x.is_meta or torch.compiler.is_compiling():
-        return
-    try:
-        freed = x.untyped_storage().nbytes() < x.nbytes
-    except (RuntimeError, NotImplementedError):  # inside torch.func.vmap and the like
-        return
-    if freed:
-        raise RuntimeError(
-            f"the storage of {what} was freed, or resized to fewer elements than it "
-            "has: give it its memory back before the step"
-        )
-
-
 def _master(master: Tensor | None, w: Tensor, written: int | None) -> Tensor:
     """Return the float32 weights of `w`: the master, except where `w` was changed."""
     if master is None:
         return w.float()
+    # Nobody wrote the parameter since its master was stepped, or nothing is known yet.
     if written in (None, w._version):
         return master
     return master.where(master.to(w.dtype) == w, w.float())
