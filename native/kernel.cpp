@@ -10,8 +10,7 @@
 namespace larskit {
 namespace {
 
-// In blocks: what a thread takes of a larger layer at a time. It is also what is written at
-// a time where results are measured, so that they are read from the cache.
+// In blocks: what a thread takes of a larger layer at a time.
 constexpr std::int64_t chunk = 64;
 
 // In elements: new arrays of a group as large as this are written past the caches. Of
@@ -253,9 +252,8 @@ void Batch::write(const Call &call, const Piece &piece) {
   Stats &stats = call.stats[i];
   const std::int64_t n = piece.last - piece.first;
   call.write(o, layer, stats.trust_ratio, piece.first, piece.last,
-             call.update_norms ? sums(i, of_update) : nullptr);
-  if (layer.carries)
-    loops_.result(o, layer, piece.first, piece.last, sums(i, of_result));
+             call.update_norms ? sums(i, of_update) : nullptr,
+             layer.carries ? sums(i, of_result) : nullptr);
   if (progress_[i].unwritten.fetch_sub(n) != n)
     return;
   if (call.update_norms)

@@ -65,15 +65,16 @@ constexpr std::int64_t undivided = 256 * 1024;
 constexpr std::int64_t rows = 32, lanes = 32, block = rows * lanes;
 
 // The loops over the elements of the blocks [first, last), compiled once per instruction
-// set. Each block's sum of squares goes to sums[k]; `step` leaves out those of the update
-// where `sums` is null.
+// set. Each block's sum of squares goes to sums[k]; `step` gives those of the update and of
+// the result, and leaves out what is null.
 struct Loops {
   using Measure = void (*)(const Options &, const Layer &, std::int64_t first,
                            std::int64_t last, double *sums);
   using Write = void (*)(const Options &, const Layer &, double ratio,
-                         std::int64_t first, std::int64_t last, double *sums);
+                         std::int64_t first, std::int64_t last, double *update_sums,
+                         double *result_sums);
   const char *name;
-  Measure weights, gradient, result;
+  Measure weights, gradient;
   Write step, scale, scale_past_caches;
 };
 

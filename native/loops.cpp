@@ -248,11 +248,6 @@ template <class W, class G, class C> struct Typed {
     square(layer.weights, layer, first, last, sums);
   }
 
-  static void result(const Options &, const Layer &layer, std::int64_t first,
-                     std::int64_t last, double *sums) {
-    square(layer.result, layer, first, last, sums);
-  }
-
   // rule.measured_gradient.
   static void gradient(const Options &o, const Layer &layer, std::int64_t first,
                        std::int64_t last, double *sums) {
@@ -271,7 +266,8 @@ template <class W, class G, class C> struct Typed {
 
   // rule.step.
   static void step(const Options &o, const Layer &layer, double ratio,
-                   std::int64_t first, std::int64_t last, double *sums) {
+                   std::int64_t first, std::int64_t last, double *update_sums,
+                   double *result_sums) {
     alignas(64) C a[block], b[block], c[block], d[block], e[block], f[block];
     const C r = C(ratio), lr = C(o.lr), lr_r = lr * r;
     const bool inside = o.lr_placement == LrPlacement::inside;
@@ -286,11 +282,13 @@ template <class W, class G, class C> struct Typed {
       W *result = static_cast<W *>(layer.result) + k * block;
       W *buffer = layer.new_buffer ? static_cast<W *>(layer.new_buffer) + k * block
                                    : nullptr;
-      if (simple && !sums) {
+      if (simple && !update_sums) {
         C *new_w = place(result, a), *new_v = place(buffer, e);
         common(o, w, g, v, r, n, new_w, new_v);
         keep(new_w, n, result);
         keep(new_v, n, buffer);
+        if (result_sums) // of what was rounded, while it is in the nearest cache
+          result_sums[k] = sum_of_squares(load(result, n, a), n);
         continue;
       }
       const C *new_v, *u = decayed(o, w, g, n, c);
@@ -310,15 +308,17 @@ template <class W, class G, class C> struct Typed {
         c[i] = moved;
         a[i] = w[i] - moved;
       }
-      if (sums)
-        sums[k] = sum_of_squares(c, n);
+      if (update_sums)
+        update_sums[k] = sum_of_squares(c, n);
       store(a, n, result);
+      if (result_sums)
+        result_sums[k] = sum_of_squares(load(result, n, a), n);
     }
   }
 
   // rule.scaled_gradient.
   static void scale(const Options &o, const Layer &layer, double ratio,
-                    std::int64_t first, std::int64_t last, double *) {
+                    std::int64_t first, std::int64_t last, double *, double *) {
     alignas(64) C c[block];
     for (std::int64_t k = first; k < last; ++k) {
       std::int64_t n = elements(layer, k);
@@ -328,7 +328,7 @@ template <class W, class G, class C> struct Typed {
   }
 
   static void scale_past_caches(const Options &o, const Layer &layer, double ratio,
-                                std::int64_t first, std::int64_t last, double *) {
+                                std::int64_t first, std::int64_t last, double *, double *) {
     alignas(64) C c[block];
     alignas(64) G result[block];
     for (std::int64_t k = first; k < last; ++k) {
@@ -416,7 +416,6 @@ template <class T>
 constexpr Loops table = {LARSKIT_TEXT(LARSKIT_LOOPS),
                          T::weights,
                          T::gradient,
-                         T::result,
                          T::step,
                          T::scale,
                          T::scale_past_caches};

@@ -71,7 +71,8 @@ ALLOWED = {
     "torch.groups": {"select"},
     "torch.options": {"config", "engines"},
     "torch.bucket": {
-        *("config", "engines", "norms", "norms.dtensor", "rule", "torch.options"),
+        *("arrays", "config", "engines", "norms", "norms.dtensor", "rule"),
+        "torch.options",
     },
     "torch.plan": {
         *("engines", "norm", "norms", "norms.dtensor", "torch.bucket"),

@@ -599,7 +599,7 @@ ERRORS: list[tuple[str, Any, type[Exception], str]] = [
         "out read",
         (W, G, 0.1, {"out": read_only(W)}),
         TypeError,
-        "out is read-only: leave",
+        "out is read-only: omit",
     ),
     (
         "out one",

@@ -78,7 +78,7 @@ def test_a_step_inside_a_step_may_pass():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork")
 def test_a_forked_child_does_not_wait_for_a_thread_that_is_not_there():
     turn, inside, leave = Turn(), threading.Event(), threading.Event()
 
