@@ -4,7 +4,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 SOURCES := .venv/modules pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 
-.PHONY: run test test-integration test-distributed test-slow test-all test-gpu \
+.PHONY: run test test-integration test-distributed test-slow test-sanitizers test-all test-gpu \
 	environments matrix lint format bench bench-jax bench-sharded bench-gpu dist clean
 
 run: .venv/app  ## the study that shows the point, then one full training
@@ -31,6 +31,9 @@ test-distributed: .venv/dev  ## torchrun, eight devices, processes that are kill
 test-slow: .venv/dev  ## what takes minutes, and hypothesis with many examples
 	$(PARALLEL) -m slow $(ARGS)
 	$(PARALLEL) -m "hypothesis and not slow" --hypothesis-profile=fuzz $(ARGS)
+
+test-sanitizers: .venv/dev  ## the C++ kernel under the sanitizers: a part of test-slow
+	$(PYTEST) -m slow tests/engines/test_sanitizers.py $(ARGS)
 
 test-all: .venv/dev environments  ## every tier, and how long each takes; with ARGS, what they name
 ifdef ARGS
