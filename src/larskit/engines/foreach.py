@@ -56,7 +56,6 @@ def bind(
         raise Unsupported("autograd cannot record the steps of the foreach engine")
     if layers.out is not None and not scales_gradients:
         raise Unsupported("the foreach engine moves weights in place only")
-    # A subclass may compute otherwise: it gets multi-tensor functions only on request.
     if not switches.foreach:
         for i, w in enumerate(layers.weights):
             if type(w) not in _PLAIN:
@@ -79,7 +78,6 @@ class Group:
         self.weights: Tensors = list(layers.weights)
         self.buffers: Buffers = list(layers.buffers)
         self._parts: dict[tuple[bool, bool], list[int]] = {}
-        # The multi-tensor functions know no flags, so that each combination is a list.
         for i, flags in enumerate(zip(layers.adapt, layers.decay, strict=True)):
             self._parts.setdefault(flags, []).append(i)
 
@@ -112,8 +110,6 @@ class Group:
         """Move the layers."""
         layers, switches = self._layers, self._switches
         lr = beside(lr, self.weights[0])
-        # A tensor stays one where the device can decide: then both outcomes are kept,
-        # and `torch.where` picks without a synchronization.
         apply_if = decided(apply_if, layers, self.buffers, config, switches)
         before, flag = [], torch.empty(0)
         if isinstance(apply_if, Tensor):
@@ -124,7 +120,6 @@ class Group:
         step = _step_ if apply_if is not False else _look
         parts = list(self._divided(config, grad_scale, norms))
         found = [step(part, scalar(lr, part.w[0]), full_stats) for part in parts]
-        # In place: the optimizer's state and a CUDA graph hold these very tensors.
         for x, old in before:
             x.copy_(torch.where(flag, x, old))
         for part in parts:
@@ -155,8 +150,6 @@ class Group:
         """Return ``r*u`` for each layer, without waiting for the device."""
         config = config_beside(config, self.weights[0])
         scale = 1.0 if grad_scale is None else beside(grad_scale, self.weights[0])
-        # The gradients keep the loss scale s, as an optimizer that divides by it
-        # expects: r*(s*g + s*wd*w), with the ratio of the unscaled norms.
         scaled = replace(config, weight_decay=config.weight_decay * scale)
         out = self._layers.gradients if self._layers.out is None else self._layers.out
         results = [
@@ -252,7 +245,6 @@ def _along_gradient(
     inside = config.lr_placement == "inside"
     scale = rule.rounded(ratio, w[0])
     factors = ((lr * scale) if inside else scale).unbind()
-    # One temporary list instead of two: u is multiplied in place where it is ours.
     if u is g:  # which is not ours to change
         x = list(torch._foreach_mul(u, factors))
     else:
@@ -269,7 +261,6 @@ def _along_buffer(
 ) -> tuple[Tensors, Tensors, tuple[Tensor, ...]]:
     """Do what `_along_gradient` does where q is the norm of the updated buffer."""
     u = _decayed(part.w, part.g, part.config)
-    # This denominator's buffer starts at zero, so that dampening applies at once.
     zeros = zip(u, part.v, strict=True)
     v = [torch.zeros_like(x) if v is None else v for x, v in zeros]
     y, new_v = _accumulate(v, u, part.config)
@@ -291,7 +282,6 @@ def _measure(w: Tensors, measured: Tensors) -> Norms:
 
 
 def _norms(tensors: Tensors) -> Tensor:
-    # float64 where the device has it: a sum of float32 squares overflows at 1e19.
     dtype = getattr(torch, norm_dtype(tensors[0]))
     return torch.stack(torch._foreach_norm(_real(tensors), 2, dtype))
 
@@ -330,7 +320,6 @@ def _decayed(w: Tensors, g: Tensors, config: Config) -> Tensors:
     wd = rule.weight_decay(config)
     if is_zero(wd):
         return g
-    # `alpha` must be a number: a tensor would be read by the host.
     if is_number(wd):
         return list(torch._foreach_add(g, w, alpha=wd))
     return list(torch._foreach_add(g, torch._foreach_mul(w, wd)))
@@ -341,8 +330,6 @@ def _accumulate(v: list[Any], x: Tensors, config: Config) -> tuple[Tensors, Tens
     if is_zero(config.momentum):
         return x, x
     new_v = list(x)
-    # A layer whose first gradient comes late makes its buffer among those that have
-    # one.
     old = [i for i, buffer in enumerate(v) if buffer is not None]
     if old:
         kept = _widen([v[i] for i in old])
@@ -375,7 +362,6 @@ def _store(
 
 
 def _real(tensors: Tensors) -> Tensors:
-    # A complex number is two real ones to the norm and to every operation of the rule.
     if not any(x.is_complex() for x in tensors):
         return tensors
     return [torch.view_as_real(x) if x.is_complex() else x for x in tensors]

@@ -161,13 +161,10 @@ class Group:
         self._unscaled: tuple[Array, list[Array]] | None = None
         self._torch = _torch_of(layers)
         self._threads, self._new_table = _environment(self._torch, len(self.weights))
-        # Autograd counts the writes to each tensor by itself.
         self._written = [
             x for x in (*self._results, *self._new_buffers) if x is not None
         ]
         self._kernel = self._make_kernel(dtypes)
-        # DLPack describes the memory of a tensor and does not tell a lazy negation of
-        # it.
         # A lazy negation can be dense only if it has a single element.
         self._single = [i for i, w in enumerate(self.weights) if size(w) == 1]
         self._fixed = self._snapshot()
@@ -198,12 +195,9 @@ class Group:
         """
         if self._torch is None or not (self._in_place or self._scales):
             return None
-        # The old buffers are not among them: a step writes its buffers in place.
         fixed = [*self.weights, *(v for v in self._new_buffers if v is not None)]
         if not self._in_place:
             fixed += self._results
-        # A description through this table of C functions takes 0.07 microseconds. Older
-        # versions of torch do not have it: the group is then bound at each step.
         exchange = getattr(self._torch.Tensor, "__dlpack_c_exchange_api__", None)
         if exchange and self._kernel.snapshot(exchange, fixed, self._gradients or []):
             return fixed
@@ -219,7 +213,6 @@ class Group:
         gradients = list(gradients)
         try:
             fits = self._kernel.rebind(self._fixed, gradients)
-        # DLPack refuses what it cannot describe.
         except (BufferError, RuntimeError):  # for example a sparse gradient
             return False
         if not fits or (
@@ -266,16 +259,12 @@ class Group:
     ) -> None:
         """Move every layer along the gradients that were bound last, once."""
         self._full_stats = full_stats
-        # On a CPU nothing is gained by deciding later: the host waits for no device.
         moves = bool(apply_if)
         run = self._kernel.step if moves else self._kernel.measure
         how = (full_stats,) if moves else ()
         self._table = self._run(run, lr, config, norms, grad_scale, *how)
-        # The kernel finds |y| while it writes, and here it writes nothing.
         if full_stats and not moves:
             self._table[:, _UPDATE_NORM] = self._update_norms(lr, config)
-        # The caller may free its gradients now: `set_to_none` must not keep their
-        # memory.
         self._drop_gradients()
         if not moves:
             return
@@ -339,14 +328,12 @@ class Group:
         gradients = self._current_gradients()
         if grad_scale is not None:
             gradients = self._unscaled_gradients(gradients, grad_scale)
-        # Unscaled copies, or the gradients themselves again after a step with a scale.
         if gradients is not self._bound:
             self._bound = gradients
             self._kernel.use_gradients([*map(address, gradients)])
         table = self._new_table()
         if norms is not None:
             table[:, _WEIGHT_NORM], table[:, _GRADIENT_NORM] = norms
-        # A norm that another caller has made stale is unknown, and is computed again.
         elif self._carried is not None:
             table[:, _WEIGHT_NORM] = self._still_known()
         options = _native.Options(config, lr)
@@ -363,7 +350,6 @@ class Group:
         self, gradients: list[Array], grad_scale: Array
     ) -> list[Array]:
         """Return copies divided by the loss scale: once for the norms and the step."""
-        # The norms and the step of one call of the optimizer ask with the same scale.
         if self._unscaled is None or self._unscaled[0] is not grad_scale:
             self._unscaled = grad_scale, list(unscaled(gradients, grad_scale))
         return self._unscaled[1]
@@ -407,7 +393,6 @@ class ArrayScaler:
     def __init__(self, config: Config) -> None:
         """Read the hyper-parameters, unless they are arrays, which may change."""
         self._options = None
-        # Chainer calls its hook for each parameter, each time with the same numbers.
         if _native is not None and all(map(is_number, _numbers(config))):
             self._options = _native.Options(config, 0.0)
 

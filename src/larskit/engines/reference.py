@@ -51,7 +51,6 @@ def bind(
     del config, scales_gradients, former
     if switches.carry_norms:
         raise Unsupported("the reference engine carries no norms over")
-    # Autograd would raise in the middle of the step, with some layers moved.
     if switches.differentiable and layers.out is None:
         _refuse_leaves(layers.weights)
     return Group(layers, switches)
@@ -101,7 +100,6 @@ class Group:
         lr = beside(lr, self.weights[0])
         apply_if = decided(apply_if, layers, self.buffers, config, switches)
         self._stats = []
-        # `_each` repeats None for ever.
         rows = zip(self._rows(config, grad_scale), _each(norms), strict=False)
         with self._recording():
             for i, ((w, g, v, own), known) in enumerate(rows):
@@ -110,12 +108,8 @@ class Group:
                     stats = stats._replace(update_norm=norm(y))
                 self._stats.append(stats)
                 if apply_if is not False:
-                    # Without momentum the rule's v' is x; it is kept only where a
-                    # buffer is there.
                     new_v = None if v is None and is_zero(own.momentum) else new_v
                     self._keep(i, *_applied(apply_if, w, v, rule.moved(w, y), new_v))
-        # Written at the end: with `out=w` of several layers none may change before all
-        # are computed.
         if self._layers.out is not None:
             self.weights = _written(self._layers.out, self.weights)
         self._layers = self._layers._replace(gradients=())  # which are not ours to keep
@@ -153,7 +147,6 @@ class Group:
         layers = self._layers
         config = config_beside(config, self.weights[0])
         flags = list(zip(layers.adapt, layers.decay, strict=True))
-        # At most four configurations: to make one checks every field.
         own = {flag: replace(config, adapt=flag[0], decay=flag[1]) for flag in flags}
         gradients = unscaled(layers.gradients, grad_scale)
         for i, flag in enumerate(flags):
@@ -167,7 +160,6 @@ class Group:
         w, v = self.weights[i], self.buffers[i]
         in_place = self._layers.out is None
         self.weights[i] = write(w, new_w, "a weight") if in_place else new_w
-        # Autograd needs the old buffer as it was.
         if v is None or not in_place or self._switches.differentiable:
             self.buffers[i] = new_v
         else:
@@ -207,8 +199,6 @@ def _applied(
     if apply_if is True:
         return new_w, new_v
     xp = namespace(w)
-    # The first step of a buffer, not taken, leaves zeros: the next is then v' = x
-    # again.
     if new_v is not None:
         new_v = xp.where(apply_if, new_v, xp.zeros_like(new_v) if v is None else v)
     return xp.where(apply_if, new_w, w), new_v
@@ -223,5 +213,4 @@ def _written(out: contract.Buffers, new: list[Array]) -> list[Array]:
 
 
 def _stack(scalars: Any) -> Array:
-    # Statistics are looked at; nobody differentiates them.
     return namespace(scalars[0]).stack(list(map(stop_gradient, scalars)))

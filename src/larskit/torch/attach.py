@@ -86,8 +86,6 @@ class Attachment:
             return self._step_alone(args, kwargs)
 
     def _step_alone(self, args: Any, kwargs: Any) -> Any:
-        # Registered for this step only, so that it comes after the hooks that others
-        # have added in the meantime.
         handle = self._optimizer.register_step_pre_hook(self._before_step)
         try:
             return self._inner(*args, **kwargs)
@@ -133,8 +131,6 @@ class Attachment:
                 bucket.params, bucket.scaled_gradients(config, scale), strict=True
             )
         ]
-        # Nothing is replaced before all of it is computed: an error leaves the
-        # gradients.
         self._originals = [(p, p.grad) for p, _ in scaled]
         for p, g in scaled:
             p.grad = g
@@ -142,7 +138,6 @@ class Attachment:
     def _restore(self) -> None:
         """Put the original gradients back; those that were dropped stay dropped."""
         for p, g in self._originals:
-            # A step may set gradients to None, as `zero_grad` inside a closure does.
             if p.grad is not None:
                 p.grad = g
         self._originals = []

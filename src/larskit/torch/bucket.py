@@ -110,7 +110,6 @@ class Bucket:
             if not self._holds_same_shards(gradients):
                 return False
             gradients = [g.to_local() for g in gradients]
-        # Another caller wrote a parameter of low precision: its master must follow.
         if self.key.master and self.versions() != self._versions:
             return False
         states, keys, values = self._stored
@@ -135,12 +134,9 @@ class Bucket:
         self, lr: Any, config: Config, state: Any, grad_scale: Any, apply_if: Any
     ) -> None:
         """Move the parameters and keep their state; see `engines.Group.step_`."""
-        # The bucket of sharded layers was given the norms of whole layers; else `norms`
-        # is None, and the engine measures in the same call.
         self.group.step_(
             lr, config, self.norms, grad_scale=grad_scale, apply_if=apply_if
         )
-        # Where a tensor decides, the engine writes or keeps the weights on the device.
         if apply_if is False:
             return
         if self.key.master:
@@ -153,8 +149,6 @@ class Bucket:
         """Put the buffers and masters into the optimizer's state, once."""
         self._is_stored = True
         rows = zip(self.params, self._weights, self.group.buffers, strict=True)
-        # State dicts are written once: later steps write into the same tensors. A state
-        # that is loaded or replaced is another object, which `rebind` notices.
         for p, w, v in rows:
             if MASTER in state.get(p, ()) and not self.key.master:
                 del state[p][MASTER]
@@ -170,8 +164,6 @@ class Bucket:
         found = self.group.scale_gradients(config, self.norms, grad_scale)
         if not self.key.sharded:
             return list(found)
-        # The engine returns the same tensors at each step; to make a DTensor takes
-        # longer than to look one up.
         for p, g in zip(self.params, found, strict=True):
             if id(g) not in self._scaled:
                 self._scaled[id(g)] = g, self._placed_as(p, g)
@@ -210,7 +202,6 @@ def _master(master: Tensor | None, w: Tensor, written: int | None) -> Tensor:
     """Return the float32 weights of `w`: the master, except where `w` was changed."""
     if master is None:
         return w.float()
-    # Nobody wrote the parameter since its master was stepped, or nothing is known yet.
     if written in (None, w._version):
         return master
     return master.where(master.to(w.dtype) == w, w.float())

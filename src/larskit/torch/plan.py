@@ -57,8 +57,6 @@ class Plan:
         Unsupported, RuntimeError
             A parameter does not fit the settings of its group. Nothing has changed.
         """
-        # Buckets that do not fit are made again, never repaired: what is bound once
-        # stays as it was checked.
         if not self._fits(groups, settings, state):
             self._bind(groups, settings, state)
 
@@ -67,7 +65,6 @@ class Plan:
         for bucket in self.buckets:
             if bucket.key.master:
                 self._written.update(zip(bucket.params, bucket.versions(), strict=True))
-        # The first step adds state dicts; later ones only fill those that are known.
         if len(self._states) != len(state):
             self._states = [*state.values()]
 
@@ -77,8 +74,6 @@ class Plan:
         Every process takes part with all its sharded parameters. Those without a
         gradient contribute their weights: another process may have a gradient.
         """
-        # Which layers are sharded is the same in every process, so that either all of
-        # them take part in the all-reduce or none does.
         if self._sharded is None:
             return
         own = self._sharded.zeros()
@@ -99,8 +94,6 @@ class Plan:
             if _structure(groups, settings) != self._structure:
                 return False
             self._settings = settings
-        # The cheapest comparisons come first. A parameter that gets its first gradient
-        # belongs to no bucket yet, and so everything is bound again.
         return (
             same([p for group in groups for p in group["params"]], self._params)
             and same(state.values(), self._states)
@@ -121,12 +114,8 @@ class Plan:
                 key = key_of(index, settings[index], p)
                 bucket = buckets.setdefault(key, Bucket(key))
                 bucket.add(group, row, name, state, self._written)
-        # Everything was checked above: an engine that refuses still leaves all as it
-        # was.
         for key, bucket in buckets.items():
             bucket.bind(settings[key.group], self.buckets, self._scales_gradients)
-        # A replay of a CUDA graph writes to the addresses of its capture: these groups
-        # keep the memory there alive when others take their place.
         self._captured += [b.group for b in self.buckets if b.group.captured]
         self.buckets, self._idle = list(buckets.values()), idle
         self._params = [p for group in groups for p in group["params"]]

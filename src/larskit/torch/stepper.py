@@ -68,8 +68,6 @@ class Stepper:
     def _step_alone(
         self, groups: Groups, state: Any, grad_scale: Any, found_inf: Any
     ) -> None:
-        # The order matters: nothing may change before the last check has passed, and
-        # every process must reach the same all-reduces.
         self._validate(groups)
         try:
             self.plan.update(groups, self._settings, state)
@@ -92,7 +90,6 @@ class Stepper:
     def _step_in_graph(self, groups: Groups, state: Any) -> None:
         """Step on the foreach engine, with operations that `torch.compile` traces."""
         settings = [settings_of(group) for group in groups]
-        # Identities of traced tensors mean nothing in the next call of the graph.
         plan = Plan(_check_gradient)  # of this call: what is traced keeps nothing
         plan.update(groups, settings, state)
         for bucket in plan.buckets:
@@ -104,8 +101,6 @@ class Stepper:
     def _validate(self, groups: Groups) -> None:
         """Check what has changed in the groups, before anything else changes."""
         options = [group[name] for group in groups for name in _OPTIONS]
-        # Compared by identity: a number that was assigned anew is validated anew, and a
-        # steady step calls no validation at all.
         if not same(options, self._options):
             policy = policy_of(groups)
             self._settings = [settings_of(group) for group in groups]
@@ -124,8 +119,6 @@ class Stepper:
         """
         found = [self._measure(bucket, grad_scale) for bucket in self.plan.buckets]
         finite = _on_all_ranks(self._finite(found))
-        # GradScaler keeps `found_inf` on the device of its gradients, which may be
-        # another.
         if isinstance(apply_if, Tensor):
             apply_if = apply_if.to(finite.device, non_blocking=True)
         if self._policy == "raise" and apply_if and not finite:
@@ -134,7 +127,6 @@ class Stepper:
             )
         starts = any(self._starts(bucket) for bucket in self.plan.buckets)
         apply_if = finite & apply_if
-        # A buffer either exists or does not: that cannot be decided on the device.
         return bool(apply_if) if self._policy == "raise" or starts else apply_if
 
     def _measure(self, bucket: Any, grad_scale: Any) -> Any:

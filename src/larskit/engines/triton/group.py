@@ -67,8 +67,6 @@ def refusal_of(device: torch.device) -> str | None:
 
     For example without a C compiler, or on an old GPU.
     """
-    # Only a launch tells: Triton calls a C compiler, and may lack the GPU's
-    # architecture.
     try:
         with _current(device):
             kernels.probe[(1,)](torch.zeros(1, device=device))
@@ -135,8 +133,6 @@ class Group:
         # Without momentum too, buffers are written if all layers have one.
         has_out = all(x is not None for x in self._out)
         self._has_buffers = has_out and not scales_gradients
-        # The first step writes buffers that no earlier one has filled; until then the
-        # table has no address to read them from.
         self._missing = [] if scales_gradients else self._new_buffers()
         self._summed: list[int] | None = None  # see `_knows_squares`
         self._full_stats = False
@@ -150,8 +146,6 @@ class Group:
 
     def _keep_places(self) -> None:
         """Keep what must be as it is when other gradients are bound."""
-        # A table that one stream writes may be read by another before the write is
-        # done.
         self._device = self.weights[0].device
         self._stream = _stream(self._device)
         self.captured = conditional.is_capturing(self._device)
@@ -165,7 +159,6 @@ class Group:
         buffers = [None] * len(self.weights) if self._scales else layers.buffers
         columns = layers.weights, gradients, self._out or gradients, buffers
         addresses = [[address(x) for x in column] for column in columns]
-        # A complex number is a pair of real ones.
         sizes = [w.numel() * (2 if w.is_complex() else 1) for w in self.weights]
         blocks = [-(-size // kernels.BLOCK.value) for size in sizes]
         *firsts, self._blocks = accumulate(blocks, initial=0)
@@ -180,8 +173,6 @@ class Group:
         self._owners = torch.searchsorted(firsts, every, right=True).sub_(1)
         self._sums = self._empty(3, self._blocks)
         self._stats = self._empty(4, len(self.weights))
-        # Hyper-parameters are read from the device: a captured graph then sees new
-        # values.
         self._numbers = self._empty(len(NUMBERS)).zero_()
         self._held: list[Any] = [None] * len(NUMBERS)
 
@@ -194,8 +185,6 @@ class Group:
         What is part of a CUDA graph stays as it was captured, for good.
         """
         gradients = list(gradients)
-        # Inside a capture other gradients cannot be bound: writing the table would
-        # become part of the graph and be replayed.
         captures = conditional.is_capturing(self._device)
         if not (
             not self.captured
@@ -207,7 +196,6 @@ class Group:
             return False
         addresses = _addresses(gradients)
         if addresses != self._addresses:
-            # Another group is captured instead, with a table of its own.
             if captures:
                 return False
             self._write_addresses(addresses)
@@ -232,7 +220,6 @@ class Group:
         arguments = self._arguments(None, config, grad_scale)
         with _current(self._device):
             self._measure(arguments, how)
-        # The next launch writes the same memory, maybe before the caller has read it.
         w_norms, q = self._stats[:2].clone()
         return w_norms, q
 
@@ -257,15 +244,12 @@ class Group:
             full_stats=full_stats,
         )
         arguments = self._arguments(lr, config, grad_scale, flag)
-        # The host cannot know whether buffers begin here, and so they begin as zeros,
-        # in which a first step gives the same numbers unless it is dampened.
         if isinstance(applies, Tensor):  # a step that the device skips leaves zeros
             for v in self._missing:
                 v.zero_()
             self._begin()
         with _current(self._device):
             self._measure(arguments, how, norms)
-            # `move` with a flag of False measures the update and writes nothing.
             if applies is not False or full_stats:
                 self._move(arguments, how)
         if applies is not False:
@@ -306,7 +290,6 @@ class Group:
         """Take account of the weights and buffers that a step writes."""
         # Where the device skips the step, the squares are those of before.
         known = applies is True or self._knows_squares()
-        # Autograd has not seen the kernels write; the versions after this are ours.
         torch.autograd.graph.increment_version(self._fixed)
         self._summed = self._versions() if known else None
         self._begin()
@@ -364,7 +347,6 @@ class Group:
             "these gradients were used already: rebind the group before the next step"
         )
         w = self.weights[0]
-        # `GradScaler` and schedulers may keep their tensors on another device.
         lr, grad_scale = beside(lr, w), beside(grad_scale, w)
         for i, name in enumerate(NUMBERS):
             value = lr if name == "lr" else getattr(config, name)
@@ -373,7 +355,6 @@ class Group:
             if isinstance(value, Tensor):
                 self._numbers[i].copy_(value.view(()), non_blocking=True)
                 self._held[i] = None
-            # One launch for each number that has changed: none in a steady step.
             elif value != self._held[i]:
                 self._numbers[i].fill_(value)
                 self._held[i] = value
@@ -397,7 +378,6 @@ class Group:
         choices = {name: getattr(config, name) for name in CHOICES}
         choices |= {"adapt": any(layers.adapt), "decay": decays}
         # Gradients are scaled as in a first step: the kernels read buffers of zeros.
-        # Norms of a scaled gradient must be those of the step that would follow.
         starts = config.denominator == "momentum" and not is_zero(config.momentum)
         return _variant(
             *self._dtypes,
@@ -489,14 +469,11 @@ def _are_plain(tensors: Sequence[Any], dtype: torch.dtype) -> bool:
 
 def _launch(kernel: Any, programs: int, *arguments: Any) -> None:
     if programs:
-        # No fused multiplication with addition: the rule's order of operations is kept
-        # to within 2 ulp on every GPU.
         kernel[(programs,)](*arguments, num_warps=_WARPS, enable_fp_fusion=False)
 
 
 def _stream(device: torch.device) -> int:
     """Name the stream on which the device works now."""
-    # In Triton's interpreter everything is on the CPU, which has no streams.
     on_gpu = device.type == "cuda"
     return torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
 
