@@ -52,6 +52,7 @@ class Attachment:
         def step(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             return self._step(args, kwargs)
 
+        # A bound method, because torch's schedulers wrap ``optimizer.step.__func__``.
         self._wrapper = optimizer.step = MethodType(step, optimizer)
 
     def remove(self) -> None:
@@ -80,6 +81,8 @@ class Attachment:
     def _step(self, args: Any, kwargs: Any) -> Any:
         if not self._active:
             return self._inner(*args, **kwargs)
+        # For this step only: so it is the last in the order of registration, and no
+        # copy or pickle of the optimizer contains it.
         handle = self._optimizer.register_step_pre_hook(self._before_step)
         try:
             return self._inner(*args, **kwargs)
@@ -93,12 +96,14 @@ class Attachment:
         if self._began:  # by a step that calls its parent's
             return None
         self._began = True
+        # torch passes the optimizer itself as args[0].
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._scale()
             return None
 
         def scaling_closure() -> Any:
+            # LBFGS calls this often: each time on the gradients as they were.
             self._restore()
             loss = closure()
             self._scale()
@@ -112,6 +117,7 @@ class Attachment:
     def _scale(self) -> None:
         """Compute every scaled gradient, then put them in place of the originals."""
         plan, config = self._plan, self._hook.config()
+        # A new list in each step would look like a change to the plan.
         if not self._settings or self._settings[0].config is not config:
             self._settings = [Settings(config)]
         params = self._params()
@@ -125,6 +131,7 @@ class Attachment:
                 bucket.params, bucket.scaled_gradients(config, scale), strict=True
             )
         ]
+        # An error above leaves every ``.grad`` as it was.
         self._originals = [(p, p.grad) for p, _ in scaled]
         for p, g in scaled:
             p.grad = g

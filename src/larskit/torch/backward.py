@@ -27,6 +27,7 @@ class StepInBackward(Stepper):
         self._former = optimizer._stepper
         self._steppers: dict[Tensor, Stepper] = {}
         self._stepped: dict[Tensor, Stepper] = {}
+        # `layer_stats` is called after `step_`, which has emptied `_stepped` by then.
         self._last: list[Stepper] = []
         self._handles: list[Any] = []
         for index in range(len(optimizer.param_groups)):
@@ -43,16 +44,21 @@ class StepInBackward(Stepper):
     def _step_one(self, index: int, row: int, p: Tensor) -> None:
         group = self._optimizer.param_groups[index]
         name = name_of(index, group, row)
+        # Before anything moves: this gradient was computed at weights that the first
+        # one has changed already, so that the sum of both would be wrong.
         if p in self._stepped:
             raise RuntimeError(
                 f"{name!r} has moved along its gradient, and here is another one: "
                 "call optimizer.step() after each backward pass; gradients cannot be "
                 "accumulated while they are used at once"
             )
+        # A group's flags have an entry for each of its rows, and `alone` has one row.
+        # The dict is new at each call, but its values are not: the plan compares those.
         only = {name: is_selected(group, name, row) for name in PER_LAYER}
         alone = {**group, **only, "params": [p], "param_names": [name]}
         self._steppers[p].step_([alone], self._optimizer.state)
         self._stepped[p] = self._steppers[p]
+        # Here, not in `zero_grad`: at most one gradient exists at a time.
         p.grad = None
 
     def check_closure(self, closure: Any) -> None:
@@ -92,6 +98,7 @@ class StepInBackward(Stepper):
         """Have the optimizer step when `step` is called, as before."""
         for handle in self._handles:
             handle.remove()
+        # A second `remove` must not undo what came after the first.
         if self._optimizer._stepper is self:
             self._optimizer._stepper = self._former
 
@@ -157,6 +164,7 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> StepInBackward:
         raise RuntimeError(
             "the optimizer steps in backward already: remove() that first"
         )
+    # The first backward pass would accumulate into them, and step along the sum.
     if any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
         raise RuntimeError(
             "there are gradients that no step has used: call optimizer.step() or "

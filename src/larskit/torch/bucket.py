@@ -65,11 +65,13 @@ class Bucket:
         `written` has the versions of parameters when their masters were written last.
         """
         p = group["params"][row]
+        # `state` is a defaultdict: an index would add an entry, and bind may raise.
         kept = state.get(p, _NOTHING)
         local, buffer = self._local(p), self._local(kept.get(MOMENTUM))
         w = local
         if self.key.master:
             w = _master(self._local(kept.get(MASTER)), local, written.get(p))
+            # Of low precision if it is older than `master_weights=True`.
             buffer = None if buffer is None else buffer.float()
         self.names.append(name)
         self.params.append(p)
@@ -102,6 +104,7 @@ class Bucket:
 
     def rebind(self) -> bool:
         """Bind the gradients that are here now; False if anything else has changed."""
+        # Those of the last step: `measure` would return them for this one.
         self.norms = None
         gradients = [p.grad for p in self.params]
         if self.key.sharded:
@@ -110,6 +113,7 @@ class Bucket:
             gradients = [g.to_local() for g in gradients]
         if self.key.master and self.versions() != self._versions:
             return False
+        # A caller may have replaced what `_store` put there, and the engine writes.
         states, keys, values = self._stored
         same_state = all(map(is_, map(dict.get, states, keys), values))
         return same_state and self.group.rebind(gradients)
@@ -118,7 +122,8 @@ class Bucket:
         pairs = zip(self.params, gradients, strict=True)
         if not all(is_sharded(g) and g.placements == p.placements for p, g in pairs):
             return False
-        # The local tensors are views; the engine has seen the first ones only.
+        # `to_local` makes a new view at each call: identity cannot be compared, and
+        # the engine has seen the first ones only.
         rows = zip(map(self._local, self.params), self._locals, strict=True)
         return all(x.data_ptr() == w.data_ptr() and x.shape == w.shape for x, w in rows)
 
@@ -148,6 +153,7 @@ class Bucket:
         self._is_stored = True
         rows = zip(self.params, self._weights, self.group.buffers, strict=True)
         for p, w, v in rows:
+            # No step would update it, and a checkpoint would keep it.
             if MASTER in state.get(p, ()) and not self.key.master:
                 del state[p][MASTER]
             for key, x in ((MOMENTUM, v), (MASTER, w if self.key.master else None)):
@@ -163,6 +169,7 @@ class Bucket:
         if not self.key.sharded:
             return list(found)
         for p, g in zip(self.params, found, strict=True):
+            # The entry holds `g` as well, so that no other tensor can get its id.
             if id(g) not in self._scaled:
                 self._scaled[id(g)] = g, self._placed_as(p, g)
         return [self._scaled[id(g)][1] for g in found]
@@ -194,6 +201,8 @@ def _master(master: Tensor | None, w: Tensor, written: int | None) -> Tensor:
     """Return the float32 weights of `w`: the master, except where `w` was changed."""
     if master is None:
         return w.float()
+    # None: the master comes from a loaded state, which is more precise than `w`.
     if written in (None, w._version):
         return master
+    # By elements: those that nobody wrote keep the digits that `w` cannot hold.
     return master.where(master.to(w.dtype) == w, w.float())

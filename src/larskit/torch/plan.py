@@ -41,6 +41,8 @@ class Plan:
         self._idle: list[Any] = []  # parameters without a gradient
         self._sharded: Any = None  # the norms of all sharded layers
         self._idle_shards: list[tuple[int, Any]] = []
+        # Not in the buckets, which a parameter without a gradient leaves: its master
+        # must still see that another caller has written it.
         self._written: dict[Any, int] = {}  # versions of parameters that have masters
         self._captured: list[engines.Group] = []  # for replays of CUDA graphs
 
@@ -65,6 +67,7 @@ class Plan:
         for bucket in self.buckets:
             if bucket.key.master:
                 self._written.update(zip(bucket.params, bucket.versions(), strict=True))
+        # The first step adds state dicts: unnoted, the second step would bind again.
         if len(self._states) != len(state):
             self._states = [*state.values()]
 
@@ -83,6 +86,7 @@ class Plan:
             own[0, bucket.rows], own[1, bucket.rows] = bucket.measure(
                 config, grad_scale
             )
+        # A zero here would be a wrong |w| for the processes that do have a gradient.
         for row, p in self._idle_shards:
             own[0, row] = norm(p.to_local())
         found = self._sharded.all_reduce(own)
@@ -90,6 +94,8 @@ class Plan:
             bucket.norms = found[0, bucket.rows], found[1, bucket.rows]
 
     def _fits(self, groups: Groups, settings: Sequence[Settings], state: Any) -> bool:
+        # Only a change of structure needs other buckets: the engines get the numbers of
+        # `Config` at each call.
         if settings is not self._settings:
             if _structure(groups, settings) != self._structure:
                 return False
@@ -114,8 +120,12 @@ class Plan:
                 key = key_of(index, settings[index], p)
                 bucket = buckets.setdefault(key, Bucket(key))
                 bucket.add(group, row, name, state, self._written)
+        # All of them bind before anything is assigned: if one raises, the plan is as it
+        # was. A bucket's group is thrown away, never repaired.
         for key, bucket in buckets.items():
             bucket.bind(settings[key.group], self.buckets, self._scales_gradients)
+        # A replay reads the tables of these groups, so that they must outlive their
+        # buckets.
         self._captured += [b.group for b in self.buckets if b.group.captured]
         self.buckets, self._idle = list(buckets.values()), idle
         self._params = [p for group in groups for p in group["params"]]
@@ -153,4 +163,5 @@ def _structure(groups: Groups, settings: Sequence[Settings]) -> list[Any]:
 
 def same(these: Collection[Any], those: Collection[Any]) -> bool:
     """Whether two collections hold the very same objects, in the same order."""
+    # `==` of two tensors would be a tensor, and reading it would wait for the device.
     return len(these) == len(those) and all(map(is_, these, those))

@@ -66,9 +66,11 @@ class Stepper:
         except engines.Unsupported as why:
             raise _refusal(groups, why) from None
         buckets = self.plan.buckets
+        # All checks come before the first move: a refused step changes no parameter.
         for bucket in buckets:
             index = bucket.key.group
             bucket.group.check(self._rates[index], self._settings[index].config)
+        # Before `_judge`, which must see the norms of whole layers.
         self.plan.all_reduce_norms(grad_scale)
         apply_if = True if found_inf is None else found_inf == 0
         if self._policy != "propagate":
@@ -92,10 +94,13 @@ class Stepper:
 
     def _validate(self, groups: Groups) -> None:
         """Check what has changed in the groups, before anything else changes."""
+        # By identity. A tensor is not compared by value, which would wait for its
+        # device: the engines read its contents in each step.
         options = [group[name] for group in groups for name in _OPTIONS]
         if not same(options, self._options):
             policy = policy_of(groups)
             self._settings = [settings_of(group) for group in groups]
+            # Only now: where a setting was refused, the next step must check again.
             self._options, self._policy = options, policy
         rates = [group["lr"] for group in groups]
         if not same(rates, self._rates):
@@ -110,6 +115,8 @@ class Stepper:
         only where an error may follow, or where first buffers are made or not.
         """
         found = [self._measure(bucket, grad_scale) for bucket in self.plan.buckets]
+        # Before any raise, on every process: one that raised alone would leave the
+        # others waiting in the all-reduce.
         finite = _on_all_ranks(self._finite(found))
         if isinstance(apply_if, Tensor):
             apply_if = apply_if.to(finite.device, non_blocking=True)
@@ -117,6 +124,8 @@ class Stepper:
             raise FloatingPointError(
                 f"the step was not taken, because {self._nonfinite()} is not finite"
             )
+        # A step skipped on the device would leave first buffers of zeros behind, where
+        # a step skipped on the host leaves none.
         starts = any(self._starts(bucket) for bucket in self.plan.buckets)
         apply_if = finite & apply_if
         return bool(apply_if) if self._policy == "raise" or starts else apply_if
@@ -133,6 +142,8 @@ class Stepper:
         flags = [x.isfinite().all() for norms in found for x in norms]
         device = self.plan.device
         flags = [flag.to(device, non_blocking=True) for flag in flags]
+        # The one is for a process without gradients, which must take part in the
+        # all-reduce.
         return torch.stack([torch.ones((), dtype=torch.bool, device=device), *flags])
 
     def _nonfinite(self) -> str:
@@ -143,6 +154,7 @@ class Stepper:
                 for what, x in zip(("weights", "gradient"), of_layer, strict=True):
                     if x - x != 0:
                         return f"the norm of the {what} of {name!r} ({x})"
+        # `_on_all_ranks` reduces one flag, not which layer it is about.
         return "a norm in another process"
 
     def check_closure(self, closure: Any) -> None:
@@ -209,6 +221,7 @@ def _is_traceable(group: dict[str, Any]) -> bool:
 
 def _on_all_ranks(flags: Tensor) -> Tensor:
     """Return whether all flags are true, here and in every other process."""
+    # A step taken by some processes only would leave them with different weights.
     flag = flags.all()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         number = flag.to(torch.int32)
