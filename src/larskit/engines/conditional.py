@@ -13,6 +13,7 @@ def beside(x: Any, like: Array) -> Any:
     """Return `x`, a tensor on the device of `like`; what is no tensor as it is."""
     if not _is_tensor(x) or x.device == like.device:
         return x
+    # The stream orders this copy before whatever reads it: the host need not wait.
     return x.to(like.device, non_blocking=True)
 
 
@@ -28,6 +29,7 @@ def unscaled(gradients: Arrays, grad_scale: Array | None) -> Arrays:
     """Return new gradients, divided by the scale of the loss."""
     if grad_scale is None:
         return gradients
+    # Rounded as in `torch.amp.GradScaler.unscale_`.
     torch = sys.modules["torch"]
     inverse = beside(grad_scale, gradients[0]).double().reciprocal().float()
     return torch._foreach_mul(list(gradients), inverse)
@@ -43,6 +45,7 @@ def decided(
     """Return `apply_if` as a bool where the host may or must know it, else a tensor."""
     if not _is_tensor(apply_if):
         return bool(apply_if)
+    # A flag on the CPU is read without waiting, but a captured step reads it only once.
     is_here = apply_if.device.type == "cpu" and not switches.capturable
     if is_here or dampens_first(buffers, config):
         return bool(apply_if)
@@ -84,6 +87,7 @@ def check_capture(
 ) -> None:
     """Refuse a step that a CUDA graph could not repeat, see `contract.Group.check`."""
     w = layers.weights[0]
+    # In every step, not only in a captured one: the first step must say so.
     if switches.capturable and _is_tensor(lr) and lr.device != w.device:
         raise RuntimeError(
             f"capturable=True, but lr is on the device {lr.device}, where a captured "
@@ -104,4 +108,5 @@ def check_capture(
 
 
 def _is_tensor(x: object) -> TypeGuard[Array]:
+    # By name, because torch need not be installed.
     return framework(x) == "torch"

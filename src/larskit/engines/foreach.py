@@ -27,6 +27,8 @@ from larskit.rule import LayerStats, Norms
 
 Tensors = list[Tensor]
 Buffers = list[Tensor | None]
+# The types for which torch's optimizers choose foreach without being asked, see
+# `torch.optim.optimizer._default_to_fused_or_foreach`.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -121,7 +123,10 @@ class Group:
         parts = list(self._divided(config, grad_scale, norms))
         found = [step(part, scalar(lr, part.w[0]), full_stats) for part in parts]
         for x, old in before:
+            # The host may not read the flag. `where` drops a NaN that a product would
+            # keep.
             x.copy_(torch.where(flag, x, old))
+        # A part has a list of its own, into which it puts the buffers it makes.
         for part in parts:
             for i, v in zip(part.rows, part.buffers, strict=True):
                 self.buffers[i] = v
@@ -150,6 +155,9 @@ class Group:
         """Return ``r*u`` for each layer, without waiting for the device."""
         config = config_beside(config, self.weights[0])
         scale = 1.0 if grad_scale is None else beside(grad_scale, self.weights[0])
+        # The results stay multiplied by the loss scale, which the inner optimizer
+        # divides by. So the decay is multiplied too, and only q is divided, for the
+        # ratio.
         scaled = replace(config, weight_decay=config.weight_decay * scale)
         out = self._layers.gradients if self._layers.out is None else self._layers.out
         results = [
@@ -215,6 +223,7 @@ def _step_(part: _Part, lr: Scalar, full_stats: bool) -> tuple[Tensor, ...]:
     if full_stats:
         found = (*found, _norms(y))
     _store(part.buffers, new_v, part.weights, not is_zero(part.config.momentum))
+    # `part.w` are the weights themselves, or views, unless their precision is low.
     torch._foreach_sub_(part.w, y)
     _copy(part.w, part.weights)
     return found
@@ -244,6 +253,7 @@ def _along_gradient(
     ratio = rule.trust_ratio(w_norms, q, lr, config)
     inside = config.lr_placement == "inside"
     scale = rule.rounded(ratio, w[0])
+    # 0-d tensors: numbers would have to be read from the device.
     factors = ((lr * scale) if inside else scale).unbind()
     if u is g:  # which is not ours to change
         x = list(torch._foreach_mul(u, factors))
@@ -261,6 +271,7 @@ def _along_buffer(
 ) -> tuple[Tensors, Tensors, tuple[Tensor, ...]]:
     """Do what `_along_gradient` does where q is the norm of the updated buffer."""
     u = _decayed(part.w, part.g, part.config)
+    # Zeros, where other first buffers are x itself: this one is dampened too.
     zeros = zip(u, part.v, strict=True)
     v = [torch.zeros_like(x) if v is None else v for x, v in zeros]
     y, new_v = _accumulate(v, u, part.config)
@@ -291,6 +302,7 @@ def _assembled(rows: list[list[int]], found: list[Any]) -> tuple[Tensor, ...]:
     if len(rows) == 1:
         return tuple(found[0])
     order = [i for own in rows for i in own]
+    # Not by an index, which would have to go to the device.
     columns = []
     for vectors in zip(*found, strict=True):
         numbers = [x for vector in vectors for x in vector.unbind()]
@@ -332,6 +344,7 @@ def _accumulate(v: list[Any], x: Tensors, config: Config) -> tuple[Tensors, Tens
     new_v = list(x)
     old = [i for i, buffer in enumerate(v) if buffer is not None]
     if old:
+        # Buffers of float32 themselves, so that `_store` finds nothing to copy.
         kept = _widen([v[i] for i in old])
         added = [x[i] for i in old]
         if not is_zero(config.dampening):
@@ -368,6 +381,7 @@ def _real(tensors: Tensors) -> Tensors:
 
 
 def _widen(tensors: Tensors) -> Tensors:
+    # All tensors of a list have one dtype, see `contract.Layers`.
     if tensors[0].element_size() >= 4:
         return tensors
     return [x.float() for x in tensors]

@@ -65,6 +65,7 @@ def reason(x: Any, w: Any, device: str = "cpu") -> str | None:
         return why
     if tuple(x.shape) != tuple(w.shape):
         return f"has the shape {tuple(x.shape)}, its weight {tuple(w.shape)}"
+    # First, because nearly all are: it takes 0.2 us, `_order` 2.2 us (4 axes).
     if _contiguous(x) and _contiguous(w):
         return None
     if (order := _order(x)) is None:
@@ -105,6 +106,8 @@ def size(x: Any) -> int:
 
 def _tensor_reason(x: Any, device: str) -> str | None:
     torch = sys.modules["torch"]
+    # A subclass may hold its numbers elsewhere (DTensor, FakeTensor) or compute
+    # otherwise.
     if type(x) not in (torch.Tensor, torch.nn.Parameter):
         return f"is a {type(x).__name__}, no plain tensor"
     if torch.compiler.is_compiling():
@@ -113,6 +116,7 @@ def _tensor_reason(x: Any, device: str) -> str | None:
         return f"is on the device {x.device}"
     if x.layout is not torch.strided:
         return f"is sparse ({x.layout})"
+    # The memory does not hold the numbers, but their conjugates or negatives.
     if x.is_conj() or x.is_neg():
         return "is a lazy view (conj or neg)"
     try:
@@ -138,6 +142,7 @@ def _order(x: Any) -> tuple[int, ...] | None:
     """Return the strides of the axes that have any; None if there are gaps."""
     strides = x.strides if isinstance(x, np.ndarray) else x.stride()
     unit = x.itemsize if isinstance(x, np.ndarray) else 1
+    # The stride of an axis of size 1 is arbitrary and says nothing about the layout.
     axes = [(s // unit, n) for s, n in zip(strides, x.shape, strict=True) if n != 1]
     expected = 1
     for stride, length in sorted(axes):

@@ -35,6 +35,8 @@ try:
 except ImportError as why:
     _native, _missing = None, str(why)
 else:
+    # Waits for daemon threads in the kernel: after the interpreter's end none of them
+    # could take its lock back.
     atexit.register(_native.end)
 
 # The dtypes of gradients, by that of their weights.
@@ -146,6 +148,7 @@ class Group:
         self._new_buffers = _new_buffers(layers, config, scales_gradients)
         self._flags = layers.adapt, layers.decay
         self._scales, self._in_place = scales_gradients, layers.out is None
+        # Scaling writes no weights, whose new norms could be carried.
         self._carries = carry_norms and not scales_gradients
         self._carried: Any = None  # the marks of the weights, and their norms
         self._table: Any = None  # the statistics of the last step
@@ -189,6 +192,7 @@ class Group:
         fixed = [*self.weights, *(v for v in self._new_buffers if v is not None)]
         if not self._in_place:
             fixed += self._results
+        # Older versions of torch do not have it: each step then binds a new group.
         exchange = getattr(self._torch.Tensor, "__dlpack_c_exchange_api__", None)
         if exchange and self._kernel.snapshot(exchange, fixed, self._gradients or []):
             return fixed
@@ -206,6 +210,7 @@ class Group:
             fits = self._kernel.rebind(self._fixed, gradients)
         except (BufferError, RuntimeError):  # for example a sparse gradient
             return False
+        # DLPack does not describe the neg bit.
         if not fits or (
             self._single and any([gradients[i].is_neg() for i in self._single])
         ):
@@ -221,6 +226,7 @@ class Group:
         for group in former:
             if isinstance(group, Group) and group._carried is not None:
                 marks, norms = group._carried
+                # The former groups are alive and hold these weights: no id is reused.
                 rows = zip(marks, norms.tolist(), strict=True)
                 carried.update(zip(map(id, group.weights), rows, strict=True))
         if carried:
@@ -252,6 +258,7 @@ class Group:
         run = self._kernel.step if moves else self._kernel.measure
         how = (full_stats, self._carries) if moves else ()
         self._table = self._run(run, lr, config, norms, grad_scale, *how)
+        # Before the gradients are dropped, which it reads.
         if full_stats and not moves:
             self._table[:, _UPDATE_NORM] = self._update_norms(lr, config)
         self._drop_gradients()
@@ -259,6 +266,8 @@ class Group:
             return
         self._mark_written()
         self.weights, self.buffers = self._results, self._new_buffers
+        # After `_mark_written`, or the group's own write would look like another
+        # caller's.
         if self._carries:
             self._carried = self._marks(), self._table[:, _RESULT_NORM]
 
@@ -282,6 +291,7 @@ class Group:
             self._mark_written()
         else:
             self._scale_by_the_rule(config, norms, grad_scale)
+        # Last: in place it empties the list that `_mark_written` reads.
         self._drop_gradients()
         return results
 
@@ -317,9 +327,11 @@ class Group:
         gradients = self._current_gradients()
         if grad_scale is not None:
             gradients = self._unscaled_gradients(gradients, grad_scale)
+        # `rebind` has told the kernel: only unscaled copies are elsewhere.
         if gradients is not self._bound:
             self._bound = gradients
             self._kernel.use_gradients([*map(address, gradients)])
+        # A new one each time: the vectors of `stats` are views of an older one.
         table = self._new_table()
         if norms is not None:
             table[:, _WEIGHT_NORM], table[:, _GRADIENT_NORM] = norms
@@ -339,6 +351,7 @@ class Group:
         self, gradients: list[Array], grad_scale: Array
     ) -> list[Array]:
         """Return copies divided by the loss scale: once for the norms and the step."""
+        # `norms` and then `step_` of one training step pass the same object.
         if self._unscaled is None or self._unscaled[0] is not grad_scale:
             self._unscaled = grad_scale, list(unscaled(gradients, grad_scale))
         return self._unscaled[1]
@@ -352,6 +365,8 @@ class Group:
     def _mark_written(self) -> None:
         """Tell autograd, which has not seen the kernel write."""
         if self._torch is not None:
+            # Otherwise a backward pass through the old weights would silently use the
+            # new ones.
             self._torch.autograd.graph.increment_version(self._written)
 
     def _still_known(self) -> Any:
@@ -362,6 +377,7 @@ class Group:
 
     def _marks(self) -> list[Any]:
         """Return what changes when another caller writes a weight or moves it."""
+        # Both are needed: ``p.data = x`` changes no version, ``p.mul_(2)`` no address.
         places = map(self._torch.Tensor.data_ptr, self.weights)
         return [*zip(places, map(attrgetter("_version"), self.weights), strict=True)]
 
@@ -380,6 +396,7 @@ class ArrayScaler:
 
     def __call__(self, w: Array, g: Array) -> bool:
         """Scale `g` in place; return False, with nothing done, where that cannot be."""
+        # Not `isinstance`: masked arrays and matrices compute otherwise.
         if self._options is None or type(w) is not np.ndarray or type(g) is not type(w):
             return False
         assert _native is not None
