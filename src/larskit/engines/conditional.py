@@ -2,14 +2,19 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 from larskit.arrays import Array, Scalar, framework
 from larskit.config import Config, is_zero
 from larskit.engines.contract import Arrays, Buffers, Layers, Switches
 
+if TYPE_CHECKING:
+    import torch
 
-def beside(x: Any, like: Array) -> Any:
+_T = TypeVar("_T")
+
+
+def beside(x: _T, like: Array) -> _T:
     """Return `x`, a tensor on the device of `like`; what is no tensor as it is."""
     if not _is_tensor(x) or x.device == like.device:
         return x
@@ -62,13 +67,13 @@ def dampens_first(buffers: Buffers, config: Config) -> bool:
     return starts and not is_zero(config.dampening)
 
 
-def is_capturing(device: Any) -> bool:
+def is_capturing(device: "torch.device") -> bool:
     """Whether the work that a torch device is given goes into a CUDA graph."""
     cuda = sys.modules["torch"].cuda
     return device.type == "cuda" and cuda.is_current_stream_capturing()
 
 
-def integers(values: Sequence[int], device: Any) -> Array:
+def integers(values: Sequence[int], device: "torch.device") -> Array:
     """Return whole numbers as a torch tensor, without waiting for its device.
 
     While a CUDA graph is captured they become part of it, by value: a copy would read

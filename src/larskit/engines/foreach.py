@@ -4,7 +4,7 @@ It may fuse a multiplication with an addition where the reference does not, so t
 agree to 2 ulp of the larger operand in each step.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from larskit.rule import LayerStats, Norms
 
 Tensors = list[Tensor]
 Buffers = list[Tensor | None]
+_Rows = list[list[int]]  # of each part, the indices of its layers
 # The types for which torch's optimizers choose foreach without being asked, see
 # `torch.optim.optimizer._default_to_fused_or_foreach`.
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -297,7 +298,7 @@ def _norms(tensors: Tensors) -> Tensor:
     return torch.stack(torch._foreach_norm(_real(tensors), 2, dtype))
 
 
-def _assembled(rows: list[list[int]], found: list[Any]) -> tuple[Tensor, ...]:
+def _assembled(rows: _Rows, found: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Return vectors in the order of the layers, from those of the parts."""
     if len(rows) == 1:
         return tuple(found[0])
@@ -318,7 +319,7 @@ def _at(vector: Tensor, rows: list[int]) -> Tensor:
     )
 
 
-def _copy(tensors: Any, receivers: Tensors) -> None:
+def _copy(tensors: Sequence[Tensor], receivers: Tensors) -> None:
     """Copy what is not in its receivers already."""
     receivers = _real(receivers)
     pairs = zip(tensors, receivers, strict=True)
@@ -360,7 +361,7 @@ def _accumulate(v: list[Any], x: Tensors, config: Config) -> tuple[Tensors, Tens
 
 
 def _store(
-    buffers: list[Any], new_v: Tensors, weights: Tensors, makes_missing: bool
+    buffers: Buffers, new_v: Tensors, weights: Tensors, makes_missing: bool
 ) -> None:
     """Write the buffers that were not moved in place, and make the missing."""
     for i, (buffer, new) in enumerate(zip(buffers, new_v, strict=True)):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from operator import attrgetter, eq
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ _DTYPES = {
 # The columns of the kernel's `Stats`; it computes the norms that are unknown.
 _WEIGHT_NORM, _GRADIENT_NORM, _TRUST_RATIO, _UPDATE_NORM, _RESULT_NORM = range(5)
 _UNKNOWN = -1.0
+_Mark = tuple[int, int]  # of a weight: its address and its version
 
 
 def unavailable() -> str | None:
@@ -151,7 +153,7 @@ class Group:
         # Scaling writes no weights, whose new norms could be carried.
         self._carries = carry_norms and not scales_gradients
         self._carried: Any = None  # the marks of the weights, and their norms
-        self._table: Any = None  # the statistics of the last step
+        self._table: Array = None  # the statistics of the last step
         self._full_stats = False
         self._gradients: list[Array] | None = list(layers.gradients)
         self._bound = self._gradients  # what the kernel reads: or unscaled copies
@@ -321,7 +323,7 @@ class Group:
         norms: Norms | None,
         grad_scale: Array | None,
         *how: bool,
-    ) -> Any:
+    ) -> Array:
         """Call the kernel, and return the table that it has filled in."""
         assert _native is not None
         gradients = self._current_gradients()
@@ -369,19 +371,19 @@ class Group:
             # new ones.
             self._torch.autograd.graph.increment_version(self._written)
 
-    def _still_known(self) -> Any:
+    def _still_known(self) -> Array:
         """Return the carried norms of the weights that nobody has written since."""
         marks, norms = self._carried
         same = self._tensor([*map(eq, self._marks(), marks)])
         return norms.where(same > 0, _UNKNOWN)
 
-    def _marks(self) -> list[Any]:
+    def _marks(self) -> list[_Mark]:
         """Return what changes when another caller writes a weight or moves it."""
         # Both are needed: ``p.data = x`` changes no version, ``p.mul_(2)`` no address.
         places = map(self._torch.Tensor.data_ptr, self.weights)
         return [*zip(places, map(attrgetter("_version"), self.weights), strict=True)]
 
-    def _tensor(self, numbers: Iterable[float]) -> Any:
+    def _tensor(self, numbers: Iterable[float]) -> Array:
         return self._torch.tensor(numbers, dtype=self._torch.float64)
 
 
@@ -429,7 +431,9 @@ def _torch_of(layers: Layers) -> Any:
     return sys.modules["torch"] if framework(layers.weights[0]) == "torch" else None
 
 
-def _environment(torch: Any, count: int) -> tuple[Callable[[], int], Callable[[], Any]]:
+def _environment(
+    torch: ModuleType | None, count: int
+) -> tuple[Callable[[], int], Callable[[], Array]]:
     """Return what counts threads, and what makes a table of statistics for layers."""
     shape = count, 5
     if torch is None:

@@ -1,11 +1,10 @@
 """The rule, layer by layer, on arrays of any framework: what the others must equal."""
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import repeat
-from typing import Any
 
 from larskit import rule
 from larskit.arrays import Array, Scalar, namespace, stop_gradient, write
@@ -27,6 +26,8 @@ from larskit.engines.contract import (
 )
 from larskit.norm import norm
 from larskit.rule import LayerStats, Norms
+
+_Row = tuple[Array, Array, Array | None, Config]  # of one layer: w, g, v
 
 
 def unavailable() -> str | None:
@@ -145,7 +146,7 @@ class Group:
         self._layers = self._layers._replace(gradients=())
         return _written(out, new)
 
-    def _rows(self, config: Config, grad_scale: Array | None = None) -> Iterator[Any]:
+    def _rows(self, config: Config, grad_scale: Array | None = None) -> Iterator[_Row]:
         """Yield the weights, gradient, buffer and configuration of each layer."""
         layers = self._layers
         config = config_beside(config, self.weights[0])
@@ -169,7 +170,7 @@ class Group:
         else:
             write(v, new_v, "a momentum buffer")
 
-    def _recording(self) -> Any:
+    def _recording(self) -> AbstractContextManager[object]:
         """Have autograd record a step that is taken in place, if it must."""
         # The optimizer's `step` runs under ``torch.no_grad()``.
         return sys.modules["torch"].enable_grad() if self._records else nullcontext()
@@ -194,7 +195,7 @@ def update_norms(
     return group.stats.update_norm
 
 
-def _each(norms: Norms | None) -> Iterator[Any]:
+def _each(norms: Norms | None) -> Iterator[Norms | None]:
     return repeat(None) if norms is None else zip(*norms, strict=True)
 
 
@@ -218,5 +219,5 @@ def _written(out: contract.Buffers, new: list[Array]) -> list[Array]:
     ]
 
 
-def _stack(scalars: Any) -> Array:
+def _stack(scalars: Sequence[Scalar]) -> Array:
     return namespace(scalars[0]).stack(list(map(stop_gradient, scalars)))

@@ -1,7 +1,7 @@
 """The launches of the kernels, and the tables that tell them what to do."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import accumulate
 from operator import attrgetter
@@ -31,6 +31,7 @@ _DTYPES = {
     "complex64": tl.float32,
 }
 _WARPS = 8
+_Arguments = tuple[Tensor | int, ...]  # of every kernel, see `Group._arguments`
 _GRADIENTS, _OUT, _BUFFERS = map(ROWS.index, ("gradients", "out", "buffers"))
 _FLAGS = ("adapt", "decay")  # of Config; those of the layers take their place
 INTERPRETED = not isinstance(kernels.move, triton.JITFunction)
@@ -178,7 +179,7 @@ class Group:
         self._sums = self._empty(3, self._blocks)
         self._stats = self._empty(4, len(self.weights))
         self._numbers = self._empty(len(NUMBERS)).zero_()
-        self._held: list[Any] = [None] * len(NUMBERS)
+        self._held: list[Scalar] = [None] * len(NUMBERS)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=self._device)
@@ -278,7 +279,7 @@ class Group:
         return applies if isinstance(applies, Tensor) else None
 
     def _measure(
-        self, arguments: Any, how: Variant, norms: Norms | None = None
+        self, arguments: _Arguments, how: Variant, norms: Norms | None = None
     ) -> None:
         """Compute the norms, unless they are given, and the trust ratios."""
         if norms is None:
@@ -291,7 +292,7 @@ class Group:
         given = norms is not None
         _launch(kernels.finish, len(self.weights), *arguments, how, given)
 
-    def _move(self, arguments: Any, how: Variant) -> None:
+    def _move(self, arguments: _Arguments, how: Variant) -> None:
         _launch(kernels.move, self._blocks, *arguments, how)
         if how.full_stats:
             _launch(kernels.finish_update, len(self.weights), *arguments, how)
@@ -349,7 +350,7 @@ class Group:
         config: Config,
         grad_scale: Array | None = None,
         apply_if: Tensor | None = None,
-    ) -> tuple[Any, ...]:
+    ) -> _Arguments:
         """Write the hyper-parameters that are new, and return what kernels get.
 
         A tensor is read where it is, at each step; what comes from another device is
@@ -418,7 +419,7 @@ class Group:
 
 @cache
 def _variant(
-    w: str, g: str, choices: tuple[Any, ...], *, momentum: bool, **how: bool
+    w: str, g: str, choices: tuple[object, ...], *, momentum: bool, **how: bool
 ) -> Variant:
     dtypes = _DTYPES[w], _DTYPES[g]
     compute = tl.float64 if tl.float64 in dtypes else tl.float32
@@ -472,11 +473,11 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [*map(Tensor.data_ptr, tensors)]
 
 
-def _strides(tensors: Sequence[Tensor]) -> list[Any]:
+def _strides(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
     return [*map(Tensor.stride, tensors)]
 
 
-def _are_plain(tensors: Sequence[Any], dtype: torch.dtype) -> bool:
+def _are_plain(tensors: Sequence[Array], dtype: torch.dtype) -> bool:
     return (
         {*map(type, tensors)} == {Tensor}
         and {*map(attrgetter("dtype"), tensors)} == {dtype}
@@ -486,7 +487,7 @@ def _are_plain(tensors: Sequence[Any], dtype: torch.dtype) -> bool:
     )
 
 
-def _launch(kernel: Any, programs: int, *arguments: Any) -> None:
+def _launch(kernel: Any, programs: int, *arguments: object) -> None:
     if programs:
         kernel[(programs,)](*arguments, num_warps=_WARPS, enable_fp_fusion=False)
 
@@ -497,7 +498,7 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
 
 
-def _current(device: torch.device) -> Any:
+def _current(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which kernels are launched on a device."""
     # Triton launches on the current device, wherever the tensors are.
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

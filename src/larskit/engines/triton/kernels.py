@@ -10,7 +10,6 @@ Addresses and hyper-parameters are read from tables. Compile without fused multi
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 from dataclasses import dataclass, fields, make_dataclass
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -36,7 +35,7 @@ _POINTERS = ("lr_ptr", "scale_ptr", "apply_if_ptr")  # of the caller: aligned or
 _ANY = ["layers", "blocks", *_POINTERS]
 
 
-def _indices(name: str, names: tuple[str, ...]) -> Any:
+def _indices(name: str, names: tuple[str, ...]) -> object:
     """Return an object whose attributes are the indices of the names."""
     kind = make_dataclass(name, [(x, int, i) for i, x in enumerate(names)], frozen=True)
     return kind()
@@ -53,9 +52,9 @@ class Variant:
     kernels read from it: hence the places in the tables are fields too.
     """
 
-    w: Any
-    g: Any
-    compute: Any  # the dtype of the arithmetic, float32 or float64
+    w: tl.dtype
+    g: tl.dtype
+    compute: tl.dtype  # the dtype of the arithmetic, float32 or float64
     denominator: str
     lr_placement: str
     nesterov: bool
@@ -71,8 +70,8 @@ class Variant:
     carried: bool = False  # whether the last step left the squares of the weights
     carries: bool = False  # whether to leave them for the next step
     full_stats: bool = False  # whether to leave the squares of the update
-    row: Any = _ROW
-    number: Any = _NUMBER
+    row: object = _ROW
+    number: object = _NUMBER
 
 
 @triton.jit
