@@ -1,15 +1,20 @@
 """GradientLARS on an optimizer of PyTorch: gradients are scaled while it steps."""
 
+from collections.abc import Sequence
 from functools import wraps
 from types import MethodType
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from larskit import norms
 from larskit.config import Config
 from larskit.torch.options import Settings
 from larskit.torch.plan import Plan
+
+_Args = Sequence[Any]
+_Kwargs = dict[str, Any]
 
 
 class Hook(Protocol):
@@ -42,14 +47,14 @@ class Attachment:
             norms.check_layer(p, f"parameter {i}")
         self._settings: list[Settings] = []
         self._plan = Plan(_check, scales_gradients=True)
-        self._originals: list[tuple[Any, Any]] = []
+        self._originals: list[tuple[Tensor, Tensor | None]] = []
         self._began = False  # whether the pre-hook of this step has run
         self._active = True
         self._outer = vars(optimizer).get("step")
         self._inner = inner = optimizer.step
 
         @wraps(getattr(inner, "__func__", inner))  # what torch's schedulers look at
-        def step(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        def step(optimizer: object, *args: Any, **kwargs: Any) -> object:
             return self._step(args, kwargs)
 
         # A bound method, because torch's schedulers wrap ``optimizer.step.__func__``.
@@ -78,7 +83,7 @@ class Attachment:
         state = "attached to" if self._active else "removed from"
         return f"<{self._hook!r} {state} {type(self._optimizer).__name__}>"
 
-    def _step(self, args: Any, kwargs: Any) -> Any:
+    def _step(self, args: _Args, kwargs: _Kwargs) -> object:
         if not self._active:
             return self._inner(*args, **kwargs)
         # For this step only: so it is the last in the order of registration, and no
@@ -91,7 +96,7 @@ class Attachment:
             self._restore()
             self._began = False
 
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+    def _before_step(self, optimizer: object, args: _Args, kwargs: _Kwargs) -> Any:
         """Scale now or, where there is a closure, each time after it ran."""
         if self._began:  # by a step that calls its parent's
             return None
@@ -102,7 +107,7 @@ class Attachment:
             self._scale()
             return None
 
-        def scaling_closure() -> Any:
+        def scaling_closure() -> object:
             # LBFGS calls this often: each time on the gradients as they were.
             self._restore()
             loss = closure()
@@ -143,10 +148,10 @@ class Attachment:
                 p.grad = g
         self._originals = []
 
-    def _params(self) -> list[Any]:
+    def _params(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def _grad_scale(self) -> Any:
+    def _grad_scale(self) -> Tensor | None:
         """Return what GradScaler left the gradients multiplied by, if anything."""
         if not getattr(self._optimizer, "_step_supports_amp_scaling", False):
             return None

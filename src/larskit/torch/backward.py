@@ -1,16 +1,19 @@
 """The step of each parameter in the middle of the backward pass."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from larskit.config import PER_LAYER
 from larskit.rule import LayerStats
-from larskit.torch.options import Groups, is_selected, policy_of
+from larskit.torch.options import Groups, State, is_selected, policy_of
 from larskit.torch.plan import Plan, name_of
 from larskit.torch.stepper import Stepper
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 
 class StepInBackward(Stepper):
@@ -29,7 +32,7 @@ class StepInBackward(Stepper):
         self._stepped: dict[Tensor, Stepper] = {}
         # `layer_stats` is called after `step_`, which has emptied `_stepped` by then.
         self._last: list[Stepper] = []
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         for index in range(len(optimizer.param_groups)):
             self.group_added(index)
 
@@ -61,7 +64,7 @@ class StepInBackward(Stepper):
         # Here, not in `zero_grad`: at most one gradient exists at a time.
         p.grad = None
 
-    def check_closure(self, closure: Any) -> None:
+    def check_closure(self, closure: object) -> None:
         """Refuse a closure: its backward pass would step."""
         if closure is not None:
             raise RuntimeError(
@@ -70,7 +73,11 @@ class StepInBackward(Stepper):
             )
 
     def step_(
-        self, groups: Groups, state: Any, grad_scale: Any = None, found_inf: Any = None
+        self,
+        groups: Groups,
+        state: State,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> None:
         """End the step of all parameters, so that the next backward pass may begin."""
         del state, grad_scale, found_inf

@@ -1,7 +1,8 @@
 """Parameters that one engine processes together, and where their state is kept."""
 
+from collections.abc import Mapping
 from operator import is_
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +12,20 @@ from larskit.config import PER_LAYER, Config
 from larskit.engines import Layers
 from larskit.norms import is_sharded
 from larskit.rule import Norms
-from larskit.torch.options import Settings, is_selected
+from larskit.torch.options import (
+    LayerState,
+    ParamGroup,
+    Settings,
+    State,
+    is_selected,
+)
+
+if TYPE_CHECKING:
+    from larskit.arrays import Scalar
 
 MOMENTUM, MASTER = "momentum_buffer", "master_weight"
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-_NOTHING: dict[str, Any] = {}
+_NOTHING: LayerState = {}
 
 
 class BucketKey(NamedTuple):
@@ -46,7 +56,7 @@ class Bucket:
         self.key = key
         self.names: list[str] = []
         self.params: list[Any] = []
-        self.rows: Any = None  # of these parameters among all that are sharded
+        self.rows: Tensor | None = None  # of these among all sharded parameters
         self.norms: Norms | None = None  # of this step, where they are known before it
         self._flags: list[list[bool]] = [[], []]  # whether each is adapted, and decayed
         self._locals: list[Tensor] = []  # the shards of the parameters held here
@@ -55,10 +65,16 @@ class Bucket:
         self._stored: list[list[Any]] = [[], [], []]  # state dicts, their keys, values
         self._is_stored = False
         self._versions: list[int] = []
-        self._scaled: dict[int, Any] = {}  # DTensors around scaled gradients, by id
+        # Scaled gradients and the DTensors around them, by the id of the former.
+        self._scaled: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(
-        self, group: dict[str, Any], row: int, name: str, state: Any, written: Any
+        self,
+        group: ParamGroup,
+        row: int,
+        name: str,
+        state: State,
+        written: Mapping[Tensor, int],
     ) -> None:
         """Take a parameter of a group in, with its state.
 
@@ -127,14 +143,19 @@ class Bucket:
         rows = zip(map(self._local, self.params), self._locals, strict=True)
         return all(x.data_ptr() == w.data_ptr() and x.shape == w.shape for x, w in rows)
 
-    def measure(self, config: Config, grad_scale: Any = None) -> Norms:
+    def measure(self, config: Config, grad_scale: Tensor | None = None) -> Norms:
         """Return the norms of what is held here, before the step."""
         if self.norms is None:
             self.norms = self.group.norms(config, grad_scale)
         return self.norms
 
     def step_(
-        self, lr: Any, config: Config, state: Any, grad_scale: Any, apply_if: Any
+        self,
+        lr: "Scalar",
+        config: Config,
+        state: State,
+        grad_scale: Tensor | None,
+        apply_if: bool | Tensor,
     ) -> None:
         """Move the parameters and keep their state; see `engines.Group.step_`."""
         self.group.step_(
@@ -148,7 +169,7 @@ class Bucket:
         if not self._is_stored:
             self._store(state)
 
-    def _store(self, state: Any) -> None:
+    def _store(self, state: State) -> None:
         """Put the buffers and masters into the optimizer's state, once."""
         self._is_stored = True
         rows = zip(self.params, self._weights, self.group.buffers, strict=True)
@@ -163,7 +184,9 @@ class Bucket:
                     for column, value in zip(self._stored, row, strict=True):
                         column.append(value)
 
-    def scaled_gradients(self, config: Config, grad_scale: Any) -> list[Any]:
+    def scaled_gradients(
+        self, config: Config, grad_scale: Tensor | None
+    ) -> list[Tensor]:
         """Return the scaled gradients, as tensors of the kind of their parameters."""
         found = self.group.scale_gradients(config, self.norms, grad_scale)
         if not self.key.sharded:

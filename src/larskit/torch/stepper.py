@@ -1,7 +1,7 @@
 """One step of an optimizer: validation, what decides whether to move, and the move."""
 
 from itertools import starmap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,17 +10,23 @@ from torch import distributed as dist
 from larskit import engines
 from larskit.config import PER_LAYER, SHARED
 from larskit.norms import is_sharded
-from larskit.rule import LayerStats
+from larskit.rule import LayerStats, Norms
 from larskit.torch.options import (
     SWITCHES,
     Groups,
+    ParamGroup,
     Settings,
+    State,
     check_rate,
     policy_of,
     settings_of,
     switches_of,
 )
 from larskit.torch.plan import Plan, same
+
+if TYPE_CHECKING:
+    from larskit.arrays import Scalar
+    from larskit.torch.bucket import Bucket
 
 # All that a step reads of a parameter group, beside its parameters and its rate.
 _OPTIONS = (*SHARED, *PER_LAYER, *SWITCHES, "on_nonfinite", "master_weights")
@@ -32,8 +38,8 @@ class Stepper:
     def __init__(self) -> None:
         """Know nothing yet."""
         self.plan = Plan(_check_gradient)
-        self._options: list[Any] = []
-        self._rates: list[Any] = []
+        self._options: list[object] = []
+        self._rates: list[Scalar] = []
         self._settings: list[Settings] = []
         self._policy = ""
         self._step_outside_graphs: Any = torch.compiler.disable(self._step_)
@@ -41,7 +47,7 @@ class Stepper:
     def step_(
         self,
         groups: Groups,
-        state: Any,
+        state: State,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
@@ -58,7 +64,11 @@ class Stepper:
             self._step_outside_graphs(groups, state, grad_scale, found_inf)
 
     def _step_(
-        self, groups: Groups, state: Any, grad_scale: Any, found_inf: Any
+        self,
+        groups: Groups,
+        state: State,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> None:
         self._validate(groups)
         try:
@@ -81,7 +91,7 @@ class Stepper:
             bucket.step_(self._rates[index], config, state, grad_scale, apply_if)
         self.plan.after_step(state)
 
-    def _step_in_graph(self, groups: Groups, state: Any) -> None:
+    def _step_in_graph(self, groups: Groups, state: State) -> None:
         """Step on the foreach engine, with operations that `torch.compile` traces."""
         settings = [settings_of(group) for group in groups]
         plan = Plan(_check_gradient)  # of this call: what is traced keeps nothing
@@ -108,7 +118,9 @@ class Stepper:
                 check_rate(rate)
             self._rates = rates
 
-    def _judge(self, grad_scale: Any, apply_if: Any) -> Any:
+    def _judge(
+        self, grad_scale: Tensor | None, apply_if: bool | Tensor
+    ) -> bool | Tensor:
         """Return whether to move: as `apply_if` says, and if all norms are finite.
 
         The answer is a bool, or a tensor on the device. The host waits for the device
@@ -130,15 +142,15 @@ class Stepper:
         apply_if = finite & apply_if
         return bool(apply_if) if self._policy == "raise" or starts else apply_if
 
-    def _measure(self, bucket: Any, grad_scale: Any) -> Any:
+    def _measure(self, bucket: "Bucket", grad_scale: Tensor | None) -> Norms:
         return bucket.measure(self._settings[bucket.key.group].config, grad_scale)
 
-    def _starts(self, bucket: Any) -> bool:
+    def _starts(self, bucket: "Bucket") -> bool:
         """Whether this step makes the momentum buffer of a parameter."""
         keeps = self._settings[bucket.key.group].keeps_momentum
         return keeps and any(v is None for v in bucket.group.buffers)
 
-    def _finite(self, found: list[Any]) -> Tensor:
+    def _finite(self, found: list[Norms]) -> Tensor:
         flags = [x.isfinite().all() for norms in found for x in norms]
         device = self.plan.device
         flags = [flag.to(device, non_blocking=True) for flag in flags]
@@ -157,7 +169,7 @@ class Stepper:
         # `_on_all_ranks` reduces one flag, not which layer it is about.
         return "a norm in another process"
 
-    def check_closure(self, closure: Any) -> None:
+    def check_closure(self, closure: object) -> None:
         """Accept a closure, which runs before the step."""
 
     def group_added(self, index: int) -> None:
@@ -208,7 +220,7 @@ def _refusal(groups: Groups, why: engines.Unsupported) -> RuntimeError:
     return RuntimeError(f"{switch}=True, but {why}: omit it to use another engine")
 
 
-def _is_traceable(group: dict[str, Any]) -> bool:
+def _is_traceable(group: ParamGroup) -> bool:
     """Whether `torch.compile` can make the step of a group part of its graph."""
     switches = switches_of(group)
     return (
