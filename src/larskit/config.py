@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from numbers import Integral, Real
 from textwrap import indent
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Literal, Self, TypeGuard, TypeVar, get_args
 
 from larskit.arrays import Scalar, cast, is_array, norm_dtype
 
@@ -78,7 +78,7 @@ class Config:
     zero_guard: bool = True
 
     @classmethod
-    def pick(cls, values: Mapping[str, Any], **own: Scalar) -> Self:
+    def pick(cls, values: Mapping[str, Scalar], **own: Scalar) -> Self:
         """Return the configuration that the arguments of an API describe.
 
         Parameters
@@ -137,17 +137,19 @@ def check_lr(lr: Scalar, name: str = "lr") -> None:
     number(name, lr, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether `value` is a concrete real number, so that it may be looked at."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def is_zero(value: Any) -> bool:
+def is_zero(value: object) -> bool:
     """Whether `value` is the concrete number 0."""
     return is_number(value) and value == 0
 
 
-def number(name: str, value: Any, allowed: str, holds: Callable[[Any], bool]) -> None:
+def number(
+    name: str, value: Scalar, allowed: str, holds: Callable[[float], bool]
+) -> None:
     """Refuse a concrete number for which `holds` is false, and what is no number."""
     if isinstance(value, (bool, str, bytes, list, tuple, dict)) or value is None:
         raise TypeError(f"{name} must be {allowed}, got {value!r}: pass a number")
@@ -155,7 +157,7 @@ def number(name: str, value: Any, allowed: str, holds: Callable[[Any], bool]) ->
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
-def choice(name: str, value: Any, options: Any) -> None:
+def choice(name: str, value: object, options: object) -> None:
     """Refuse a value that is not among the strings of a ``Literal``."""
     allowed = get_args(options)
     if value not in allowed:
@@ -164,7 +166,7 @@ def choice(name: str, value: Any, options: Any) -> None:
         )
 
 
-def _flag(name: str, value: Any) -> None:
+def _flag(name: str, value: object) -> None:
     if not isinstance(value, (bool, Integral)) or value not in (0, 1):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 

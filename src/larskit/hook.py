@@ -10,10 +10,12 @@ from operator import is_not
 from typing import TYPE_CHECKING, Any
 
 from larskit import engines, norms
-from larskit.arrays import stop_gradient, unwritable
+from larskit.arrays import Array, Scalar, stop_gradient, unwritable
 from larskit.config import Config
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from larskit.torch.attach import Attachment
 
 
@@ -76,7 +78,7 @@ class GradientLARS:
     __slots__ = ("__dict__", "__weakref__", "_cache")
 
     def __init__(
-        self, threshold: Any = 1e-2, weight_decay: Any = 0.0, eps: Any = 1e-9
+        self, threshold: Scalar = 1e-2, weight_decay: Scalar = 0.0, eps: Scalar = 1e-9
     ) -> None:
         """Keep the hyper-parameters, after checking them."""
         self.threshold = threshold
@@ -88,7 +90,7 @@ class GradientLARS:
         """Return the hyper-parameters as they are now, after checking them."""
         return self._current()[0]
 
-    def _current(self) -> tuple[Config, Callable[[Any, Any], bool]]:
+    def _current(self) -> tuple[Config, Callable[[Array, Array], bool]]:
         """Return the configuration, and what scales single NumPy gradients by it."""
         values = self.threshold, self.weight_decay, self.eps
         cache = getattr(self, "_cache", None)  # a copy has none
@@ -111,11 +113,11 @@ class GradientLARS:
             f"weight_decay={self.weight_decay}, eps={self.eps})"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Scalar]:
         """Return the attributes without the cache, which cannot be copied."""
         return dict(vars(self))
 
-    def __call__(self, rule: Any, param: Any) -> None:
+    def __call__(self, rule: object, param: Any) -> None:
         """Scale the gradient of one parameter in place.
 
         Parameters
@@ -149,7 +151,7 @@ class GradientLARS:
         else:
             _bound(w, g, config).scale_gradients(config)
 
-    def _scale_shard(self, w: Any, g: Any, config: Config) -> None:
+    def _scale_shard(self, w: "DTensor", g: "DTensor", config: Config) -> None:
         from larskit.norms import dtensor
 
         norms.check_layer(w, "param.data")
@@ -251,6 +253,6 @@ class GradientLARS:
         return rescaling(self.config)
 
 
-def _bound(w: Any, g: Any, config: Config) -> engines.Group:
+def _bound(w: Array, g: Array, config: Config) -> engines.Group:
     layers = engines.Layers([w], [g], [None], [True], [True])
     return engines.choose(layers, config, scales_gradients=True)

@@ -4,12 +4,11 @@ Norms accumulate in float64, or in the widest dtype that the framework has, and 
 engine that orders its own sums adds the blocks as `sum_of_squares` does.
 """
 
-from typing import Any
-
 import array_api_compat
 
 from larskit.arrays import (
     Array,
+    Namespace,
     cast,
     compiles,
     dtype_name,
@@ -64,7 +63,7 @@ def _wide_square(x: Array) -> Array:
     return x * x
 
 
-def _pad(xp: Any, x: Array, size: int) -> Array:
+def _pad(xp: Namespace, x: Array, size: int) -> Array:
     missing = size - x.shape[0]
     if missing == 0:
         return x
@@ -72,7 +71,7 @@ def _pad(xp: Any, x: Array, size: int) -> Array:
     return xp.concat([x, zeros])
 
 
-def _fold(xp: Any, x: Array) -> Array:
+def _fold(xp: Namespace, x: Array) -> Array:
     """Add the last axis of `x` up by folding its upper half onto its lower one."""
     while (size := x.shape[-1]) > 1:
         half = (size + 1) // 2

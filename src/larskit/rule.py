@@ -17,11 +17,13 @@ of the inputs. The rest of this package decides only where this runs (engines), 
 norms of sharded layers are found (norms), and who keeps v (the APIs).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from larskit.arrays import (
     Array,
+    Namespace,
     Scalar,
     cast,
     dtype_name,
@@ -34,6 +36,7 @@ from larskit.arrays import (
 from larskit.config import Config, is_zero
 from larskit.norm import norm
 
+Flags = bool | Sequence[bool] | Array  # of one layer, or of several
 Norms = tuple[Array, Array]  # |w|, and q: what `denominator` measures
 
 
@@ -59,8 +62,8 @@ class LayerStats(NamedTuple):
     weight_norm: Scalar
     gradient_norm: Scalar
     trust_ratio: Scalar
-    adapted: Any = True
-    decayed: Any = True
+    adapted: Flags = True
+    decayed: Flags = True
     update_norm: Scalar | None = None
 
 
@@ -100,7 +103,7 @@ def trust_ratio(w_norm: Array, q: Array, lr: Scalar, config: Config) -> Array:
     return xp.where(plain, one, ratio)
 
 
-def _clipped(xp: Any, ratio: Array, lr: Scalar, one: Array) -> Array:
+def _clipped(xp: Namespace, ratio: Array, lr: Scalar, one: Array) -> Array:
     """Return ``min(ratio / lr, 1)``, and 1 at a rate of 0; NaN stays NaN."""
     lr = lr * one
     ratio = ratio / xp.where(lr <= 0, one, lr)

@@ -84,7 +84,7 @@ LARGE = [900_000, 3, 40_000, 0, 300_007, 1024]
 def pool(request, monkeypatch):
     """Have the kernel use torch's OpenMP team, or not although torch is loaded."""
     if request.param != "torch's threads":
-        make = _native.Group
+        make: Any = _native.Group
         monkeypatch.setattr(_native, "Group", lambda *given: make(*given[:-1], False))
 
 

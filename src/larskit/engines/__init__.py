@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
-from larskit.arrays import framework
+from larskit.arrays import Array, framework
 from larskit.config import Config
 from larskit.engines.conditional import integers
 from larskit.engines.contract import (
@@ -102,7 +102,7 @@ def facts() -> dict[str, str]:
     return {what: fact for name in able for what, fact in _engine(name).facts().items()}
 
 
-def divides_grad_scale(x: Any, switches: Switches) -> bool:
+def divides_grad_scale(x: Array, switches: Switches) -> bool:
     """Whether a step of `x` divides by the scale of `torch.amp.GradScaler` itself.
 
     The scaler then waits for nothing: it leaves its scale, and whether a gradient is
@@ -111,7 +111,7 @@ def divides_grad_scale(x: Any, switches: Switches) -> bool:
     return bool(switches.fused) and _fused_engine(x) == "triton"
 
 
-def is_traceable(x: Any, switches: Switches) -> bool:
+def is_traceable(x: Array, switches: Switches) -> bool:
     """Whether `torch.compile` may trace a step of `x`: if foreach is its engine."""
     if switches.fused or switches.carry_norms or switches.differentiable:
         return False
@@ -120,7 +120,7 @@ def is_traceable(x: Any, switches: Switches) -> bool:
     return switches.foreach
 
 
-def array_scaler(config: Config) -> Callable[[Any, Any], bool]:
+def array_scaler(config: Config) -> Callable[[Array, Array], bool]:
     """Return a function that scales one NumPy gradient in place, without a group.
 
     It returns False, and has done nothing, where it cannot: bind a group then.
@@ -130,7 +130,7 @@ def array_scaler(config: Config) -> Callable[[Any, Any], bool]:
     return native.ArrayScaler(config)
 
 
-def _candidates(w: Any, switches: Switches) -> tuple[str, ...]:
+def _candidates(w: Array, switches: Switches) -> tuple[str, ...]:
     """Return the engines to try, in order."""
     if framework(w) != "torch":
         return "native", "reference"
@@ -144,11 +144,11 @@ def _candidates(w: Any, switches: Switches) -> tuple[str, ...]:
     return (*fused, "foreach", "reference")
 
 
-def _is_traced(w: Any) -> bool:
+def _is_traced(w: Array) -> bool:
     return framework(w) == "torch" and sys.modules["torch"].compiler.is_compiling()
 
 
-def _fused_engine(w: Any) -> str:
+def _fused_engine(w: Array) -> str:
     return "triton" if w.device.type == GPU else "native"
 
 

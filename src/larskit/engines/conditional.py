@@ -2,17 +2,23 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 from larskit.arrays import Array, Scalar, framework
 from larskit.config import Config, is_zero
 from larskit.engines.contract import Arrays, Buffers, Layers, Switches
 
+if TYPE_CHECKING:
+    import torch
 
-def beside(x: Any, like: Array) -> Any:
+_T = TypeVar("_T")
+
+
+def beside(x: _T, like: Array) -> _T:
     """Return `x`, a tensor on the device of `like`; what is no tensor as it is."""
     if not _is_tensor(x) or x.device == like.device:
         return x
+    # The stream orders this copy before whatever reads it: the host need not wait.
     return x.to(like.device, non_blocking=True)
 
 
@@ -28,6 +34,7 @@ def unscaled(gradients: Arrays, grad_scale: Array | None) -> Arrays:
     """Return new gradients, divided by the scale of the loss."""
     if grad_scale is None:
         return gradients
+    # Rounded as in `torch.amp.GradScaler.unscale_`.
     torch = sys.modules["torch"]
     inverse = beside(grad_scale, gradients[0]).double().reciprocal().float()
     return torch._foreach_mul(list(gradients), inverse)
@@ -43,6 +50,7 @@ def decided(
     """Return `apply_if` as a bool where the host may or must know it, else a tensor."""
     if not _is_tensor(apply_if):
         return bool(apply_if)
+    # A flag on the CPU is read without waiting, but a captured step reads it only once.
     is_here = apply_if.device.type == "cpu" and not switches.capturable
     if is_here or dampens_first(buffers, config):
         return bool(apply_if)
@@ -59,13 +67,13 @@ def dampens_first(buffers: Buffers, config: Config) -> bool:
     return starts and not is_zero(config.dampening)
 
 
-def is_capturing(device: Any) -> bool:
+def is_capturing(device: "torch.device") -> bool:
     """Whether the work that a torch device is given goes into a CUDA graph."""
     cuda = sys.modules["torch"].cuda
     return device.type == "cuda" and cuda.is_current_stream_capturing()
 
 
-def integers(values: Sequence[int], device: Any) -> Array:
+def integers(values: Sequence[int], device: "torch.device") -> Array:
     """Return whole numbers as a torch tensor, without waiting for its device.
 
     While a CUDA graph is captured they become part of it, by value: a copy would read
@@ -84,6 +92,7 @@ def check_capture(
 ) -> None:
     """Refuse a step that a CUDA graph could not repeat, see `contract.Group.check`."""
     w = layers.weights[0]
+    # In every step, not only in a captured one: the first step must say so.
     if switches.capturable and _is_tensor(lr) and lr.device != w.device:
         raise RuntimeError(
             f"capturable=True, but lr is on the device {lr.device}, where a captured "
@@ -104,4 +113,5 @@ def check_capture(
 
 
 def _is_tensor(x: object) -> TypeGuard[Array]:
+    # By name, because torch need not be installed.
     return framework(x) == "torch"

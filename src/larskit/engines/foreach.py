@@ -4,7 +4,7 @@ It may fuse a multiplication with an addition where the reference does not, so t
 agree to 2 ulp of the larger operand in each step.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,9 @@ from larskit.rule import LayerStats, Norms
 
 Tensors = list[Tensor]
 Buffers = list[Tensor | None]
+_Rows = list[list[int]]  # of each part, the indices of its layers
+# The types for which torch's optimizers choose foreach without being asked, see
+# `torch.optim.optimizer._default_to_fused_or_foreach`.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -121,7 +124,10 @@ class Group:
         parts = list(self._divided(config, grad_scale, norms))
         found = [step(part, scalar(lr, part.w[0]), full_stats) for part in parts]
         for x, old in before:
+            # The host may not read the flag. `where` drops a NaN that a product would
+            # keep.
             x.copy_(torch.where(flag, x, old))
+        # A part has a list of its own, into which it puts the buffers it makes.
         for part in parts:
             for i, v in zip(part.rows, part.buffers, strict=True):
                 self.buffers[i] = v
@@ -150,6 +156,9 @@ class Group:
         """Return ``r*u`` for each layer, without waiting for the device."""
         config = config_beside(config, self.weights[0])
         scale = 1.0 if grad_scale is None else beside(grad_scale, self.weights[0])
+        # The results stay multiplied by the loss scale, which the inner optimizer
+        # divides by. So the decay is multiplied too, and only q is divided, for the
+        # ratio.
         scaled = replace(config, weight_decay=config.weight_decay * scale)
         out = self._layers.gradients if self._layers.out is None else self._layers.out
         results = [
@@ -215,6 +224,7 @@ def _step_(part: _Part, lr: Scalar, full_stats: bool) -> tuple[Tensor, ...]:
     if full_stats:
         found = (*found, _norms(y))
     _store(part.buffers, new_v, part.weights, not is_zero(part.config.momentum))
+    # `part.w` are the weights themselves, or views, unless their precision is low.
     torch._foreach_sub_(part.w, y)
     _copy(part.w, part.weights)
     return found
@@ -244,6 +254,7 @@ def _along_gradient(
     ratio = rule.trust_ratio(w_norms, q, lr, config)
     inside = config.lr_placement == "inside"
     scale = rule.rounded(ratio, w[0])
+    # 0-d tensors: numbers would have to be read from the device.
     factors = ((lr * scale) if inside else scale).unbind()
     if u is g:  # which is not ours to change
         x = list(torch._foreach_mul(u, factors))
@@ -261,6 +272,7 @@ def _along_buffer(
 ) -> tuple[Tensors, Tensors, tuple[Tensor, ...]]:
     """Do what `_along_gradient` does where q is the norm of the updated buffer."""
     u = _decayed(part.w, part.g, part.config)
+    # Zeros, where other first buffers are x itself: this one is dampened too.
     zeros = zip(u, part.v, strict=True)
     v = [torch.zeros_like(x) if v is None else v for x, v in zeros]
     y, new_v = _accumulate(v, u, part.config)
@@ -286,11 +298,12 @@ def _norms(tensors: Tensors) -> Tensor:
     return torch.stack(torch._foreach_norm(_real(tensors), 2, dtype))
 
 
-def _assembled(rows: list[list[int]], found: list[Any]) -> tuple[Tensor, ...]:
+def _assembled(rows: _Rows, found: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Return vectors in the order of the layers, from those of the parts."""
     if len(rows) == 1:
         return tuple(found[0])
     order = [i for own in rows for i in own]
+    # Not by an index, which would have to go to the device.
     columns = []
     for vectors in zip(*found, strict=True):
         numbers = [x for vector in vectors for x in vector.unbind()]
@@ -306,7 +319,7 @@ def _at(vector: Tensor, rows: list[int]) -> Tensor:
     )
 
 
-def _copy(tensors: Any, receivers: Tensors) -> None:
+def _copy(tensors: Sequence[Tensor], receivers: Tensors) -> None:
     """Copy what is not in its receivers already."""
     receivers = _real(receivers)
     pairs = zip(tensors, receivers, strict=True)
@@ -332,6 +345,7 @@ def _accumulate(v: list[Any], x: Tensors, config: Config) -> tuple[Tensors, Tens
     new_v = list(x)
     old = [i for i, buffer in enumerate(v) if buffer is not None]
     if old:
+        # Buffers of float32 themselves, so that `_store` finds nothing to copy.
         kept = _widen([v[i] for i in old])
         added = [x[i] for i in old]
         if not is_zero(config.dampening):
@@ -347,7 +361,7 @@ def _accumulate(v: list[Any], x: Tensors, config: Config) -> tuple[Tensors, Tens
 
 
 def _store(
-    buffers: list[Any], new_v: Tensors, weights: Tensors, makes_missing: bool
+    buffers: Buffers, new_v: Tensors, weights: Tensors, makes_missing: bool
 ) -> None:
     """Write the buffers that were not moved in place, and make the missing."""
     for i, (buffer, new) in enumerate(zip(buffers, new_v, strict=True)):
@@ -368,6 +382,7 @@ def _real(tensors: Tensors) -> Tensors:
 
 
 def _widen(tensors: Tensors) -> Tensors:
+    # All tensors of a list have one dtype, see `contract.Layers`.
     if tensors[0].element_size() >= 4:
         return tensors
     return [x.float() for x in tensors]

@@ -1,19 +1,17 @@
 """The memory layout of arrays, as a kernel that is given addresses needs it."""
 
 import sys
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from larskit.arrays import dtype_name, framework, namespace
-from larskit.engines.contract import Unsupported
+from larskit.arrays import Array, dtype_name, framework, namespace
+from larskit.engines.contract import Arrays, Buffers, Unsupported
 
 
 def check(
     what: str,
-    arrays: Sequence[Any],
-    weights: Sequence[Any],
+    arrays: Buffers,
+    weights: Arrays,
     dtype: str,
     device: str = "cpu",
     *,
@@ -48,7 +46,7 @@ def check(
             raise Unsupported(f"{what} {i} is {dtype_name(x)}, expected {dtype}")
 
 
-def reason(x: Any, w: Any, device: str = "cpu") -> str | None:
+def reason(x: Array, w: Array, device: str = "cpu") -> str | None:
     """Say why a kernel cannot read an array by its address beside the weights `w`.
 
     It must be dense, and its strides must order the elements as the weights' do.
@@ -65,6 +63,7 @@ def reason(x: Any, w: Any, device: str = "cpu") -> str | None:
         return why
     if tuple(x.shape) != tuple(w.shape):
         return f"has the shape {tuple(x.shape)}, its weight {tuple(w.shape)}"
+    # First, because nearly all are: it takes 0.2 us, `_order` 2.2 us (4 axes).
     if _contiguous(x) and _contiguous(w):
         return None
     if (order := _order(x)) is None:
@@ -72,9 +71,7 @@ def reason(x: Any, w: Any, device: str = "cpu") -> str | None:
     return None if order == _order(w) else "has other strides than its weight"
 
 
-def new_buffers(
-    weights: Sequence[Any], buffers: Sequence[Any], keep: bool
-) -> list[Any]:
+def new_buffers(weights: Arrays, buffers: Buffers, keep: bool) -> list[Array | None]:
     """Return the buffers that a step in place leaves; make the missing, if to keep."""
     if not keep:
         return list(buffers)
@@ -82,14 +79,14 @@ def new_buffers(
     return [empty_like(w) if v is None else v for w, v in pairs]
 
 
-def empty_like(x: Any) -> Any:
+def empty_like(x: Array) -> Array:
     """Return an array for results, with the strides of `x`."""
     if isinstance(x, np.ndarray):
         return np.empty_like(x, subok=False)
     return namespace(x).empty_like(x)
 
 
-def address(x: Any) -> int:
+def address(x: Array | None) -> int:
     """Return the address of the first element of an array; 0 for None."""
     if x is None:
         return 0
@@ -98,13 +95,15 @@ def address(x: Any) -> int:
     return x.data_ptr()
 
 
-def size(x: Any) -> int:
+def size(x: Array) -> int:
     """Return the number of elements of an array."""
     return x.size if isinstance(x, np.ndarray) else x.numel()
 
 
-def _tensor_reason(x: Any, device: str) -> str | None:
+def _tensor_reason(x: Array, device: str) -> str | None:
     torch = sys.modules["torch"]
+    # A subclass may hold its numbers elsewhere (DTensor, FakeTensor) or compute
+    # otherwise.
     if type(x) not in (torch.Tensor, torch.nn.Parameter):
         return f"is a {type(x).__name__}, no plain tensor"
     if torch.compiler.is_compiling():
@@ -113,6 +112,7 @@ def _tensor_reason(x: Any, device: str) -> str | None:
         return f"is on the device {x.device}"
     if x.layout is not torch.strided:
         return f"is sparse ({x.layout})"
+    # The memory does not hold the numbers, but their conjugates or negatives.
     if x.is_conj() or x.is_neg():
         return "is a lazy view (conj or neg)"
     try:
@@ -122,22 +122,23 @@ def _tensor_reason(x: Any, device: str) -> str | None:
     return None
 
 
-def _unwritable(x: Any) -> str | None:
+def _unwritable(x: Array) -> str | None:
     if isinstance(x, np.ndarray):
         return None if x.flags.writeable else "is read-only"
     return "is an inference tensor" if x.is_inference() else None
 
 
-def _contiguous(x: Any) -> bool:
+def _contiguous(x: Array) -> bool:
     if isinstance(x, np.ndarray):
         return x.flags.c_contiguous
     return x.is_contiguous()
 
 
-def _order(x: Any) -> tuple[int, ...] | None:
+def _order(x: Array) -> tuple[int, ...] | None:
     """Return the strides of the axes that have any; None if there are gaps."""
     strides = x.strides if isinstance(x, np.ndarray) else x.stride()
     unit = x.itemsize if isinstance(x, np.ndarray) else 1
+    # The stride of an axis of size 1 is arbitrary and says nothing about the layout.
     axes = [(s // unit, n) for s, n in zip(strides, x.shape, strict=True) if n != 1]
     expected = 1
     for stride, size in sorted(axes):

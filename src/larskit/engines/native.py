@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ try:
 except ImportError as why:
     _native, _missing = None, str(why)
 else:
+    # Waits for daemon threads in the kernel: after the interpreter's end none of them
+    # could take its lock back.
     atexit.register(_native.end)
 
 # The dtypes of gradients, by that of their weights.
@@ -49,6 +52,7 @@ CARRIES_ABOVE = _native.undivided if _native else 0
 # The columns of the kernel's `Stats`; it computes the norms that are unknown.
 _WEIGHT_NORM, _GRADIENT_NORM, _TRUST_RATIO, _UPDATE_NORM, _RESULT_NORM = range(5)
 _UNKNOWN = -1.0
+_Mark = tuple[int, int]  # of a weight: its address and its version
 
 
 def unavailable() -> str | None:
@@ -148,13 +152,14 @@ class Group:
         self._new_buffers = _new_buffers(layers, config, scales_gradients)
         self._flags = layers.adapt, layers.decay
         self._scales, self._in_place = scales_gradients, layers.out is None
+        # Scaling writes no weights, whose new norms could be carried.
         self._carries = [  # the places of the layers that do
             i
             for i, w in enumerate(self.weights)
             if carry_norms and not scales_gradients and size(w) > CARRIES_ABOVE
         ]
         self._carried: Any = None  # the marks of these layers, and the norms of all
-        self._table: Any = None  # the statistics of the last step
+        self._table: Array = None  # the statistics of the last step
         self._full_stats = False
         self._gradients: list[Array] | None = list(layers.gradients)
         self._bound = self._gradients  # what the kernel reads: or unscaled copies
@@ -198,6 +203,7 @@ class Group:
         fixed = [*self.weights, *(v for v in self._new_buffers if v is not None)]
         if not self._in_place:
             fixed += self._results
+        # Older versions of torch do not have it: each step then binds a new group.
         exchange = getattr(self._torch.Tensor, "__dlpack_c_exchange_api__", None)
         if exchange and self._kernel.snapshot(exchange, fixed, self._gradients or []):
             return fixed
@@ -215,6 +221,7 @@ class Group:
             fits = self._kernel.rebind(self._fixed, gradients)
         except (BufferError, RuntimeError):  # for example a sparse gradient
             return False
+        # DLPack does not describe the neg bit.
         if not fits or (
             self._single and any([gradients[i].is_neg() for i in self._single])
         ):
@@ -230,8 +237,7 @@ class Group:
         for group in former:
             if isinstance(group, Group) and group._carried is not None:
                 marks, norms = group._carried
-                # Groups change when a gradient is missing for a step; weights stay the
-                # same objects.
+                # The former groups are alive and hold these weights: no id is reused.
                 for i, mark in zip(group._carries, marks, strict=True):
                     carried[id(group.weights[i])] = mark, norms[i].item()
         if carried:
@@ -263,6 +269,7 @@ class Group:
         run = self._kernel.step if moves else self._kernel.measure
         how = (full_stats,) if moves else ()
         self._table = self._run(run, lr, config, norms, grad_scale, *how)
+        # Before the gradients are dropped, which it reads.
         if full_stats and not moves:
             self._table[:, _UPDATE_NORM] = self._update_norms(lr, config)
         self._drop_gradients()
@@ -270,6 +277,8 @@ class Group:
             return
         self._mark_written()
         self.weights, self.buffers = self._results, self._new_buffers
+        # After `_mark_written`, or the group's own write would look like another
+        # caller's.
         if self._carries:
             self._carried = self._marks(), self._table[:, _RESULT_NORM]
 
@@ -293,6 +302,7 @@ class Group:
             self._mark_written()
         else:
             self._scale_by_the_rule(config, norms, grad_scale)
+        # Last: in place it empties the list that `_mark_written` reads.
         self._drop_gradients()
         return results
 
@@ -322,15 +332,17 @@ class Group:
         norms: Norms | None,
         grad_scale: Array | None,
         *how: bool,
-    ) -> Any:
+    ) -> Array:
         """Call the kernel, and return the table that it has filled in."""
         assert _native is not None
         gradients = self._current_gradients()
         if grad_scale is not None:
             gradients = self._unscaled_gradients(gradients, grad_scale)
+        # `rebind` has told the kernel: only unscaled copies are elsewhere.
         if gradients is not self._bound:
             self._bound = gradients
             self._kernel.use_gradients([*map(address, gradients)])
+        # A new one each time: the vectors of `stats` are views of an older one.
         table = self._new_table()
         if norms is not None:
             table[:, _WEIGHT_NORM], table[:, _GRADIENT_NORM] = norms
@@ -350,6 +362,7 @@ class Group:
         self, gradients: list[Array], grad_scale: Array
     ) -> list[Array]:
         """Return copies divided by the loss scale: once for the norms and the step."""
+        # `norms` and then `step_` of one training step pass the same object.
         if self._unscaled is None or self._unscaled[0] is not grad_scale:
             self._unscaled = grad_scale, list(unscaled(gradients, grad_scale))
         return self._unscaled[1]
@@ -363,9 +376,11 @@ class Group:
     def _mark_written(self) -> None:
         """Tell autograd, which has not seen the kernel write."""
         if self._torch is not None:
+            # Otherwise a backward pass through the old weights would silently use the
+            # new ones.
             self._torch.autograd.graph.increment_version(self._written)
 
-    def _still_known(self) -> Any:
+    def _still_known(self) -> Array:
         """Return the carried norms of the weights that nobody has written since."""
         marks, norms = self._carried
         now = self._marks()
@@ -377,13 +392,13 @@ class Group:
                 norms[i] = _UNKNOWN
         return norms
 
-    def _marks(self) -> list[Any]:
+    def _marks(self) -> list[_Mark]:
         """Return what changes when another caller writes a weight or moves it."""
-        # `w.data = other` changes the address and not the version.
+        # Both are needed: ``p.data = x`` changes no version, ``p.mul_(2)`` no address.
         weights = [self.weights[i] for i in self._carries]
         return [(w.data_ptr(), w._version) for w in weights]
 
-    def _tensor(self, numbers: Iterable[float]) -> Any:
+    def _tensor(self, numbers: Iterable[float]) -> Array:
         return self._torch.tensor(numbers, dtype=self._torch.float64)
 
 
@@ -398,6 +413,7 @@ class ArrayScaler:
 
     def __call__(self, w: Array, g: Array) -> bool:
         """Scale `g` in place; return False, with nothing done, where that cannot be."""
+        # Not `isinstance`: masked arrays and matrices compute otherwise.
         if self._options is None or type(w) is not np.ndarray or type(g) is not type(w):
             return False
         assert _native is not None
@@ -430,7 +446,9 @@ def _torch_of(layers: Layers) -> Any:
     return sys.modules["torch"] if framework(layers.weights[0]) == "torch" else None
 
 
-def _environment(torch: Any, count: int) -> tuple[Callable[[], int], Callable[[], Any]]:
+def _environment(
+    torch: ModuleType | None, count: int
+) -> tuple[Callable[[], int], Callable[[], Array]]:
     """Return what counts threads, and what makes a table of statistics for layers."""
     shape = count, 5
     if torch is None:

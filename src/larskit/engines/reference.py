@@ -1,11 +1,10 @@
 """The rule, layer by layer, on arrays of any framework: what the others must equal."""
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import repeat
-from typing import Any
 
 from larskit import rule
 from larskit.arrays import Array, Scalar, namespace, stop_gradient, write
@@ -27,6 +26,8 @@ from larskit.engines.contract import (
 )
 from larskit.norm import norm
 from larskit.rule import LayerStats, Norms
+
+_Row = tuple[Array, Array, Array | None, Config]  # of one layer: w, g, v
 
 
 def unavailable() -> str | None:
@@ -100,6 +101,7 @@ class Group:
         lr = beside(lr, self.weights[0])
         apply_if = decided(apply_if, layers, self.buffers, config, switches)
         self._stats = []
+        # strict=False, because `_each` has no end where there are no norms.
         rows = zip(self._rows(config, grad_scale), _each(norms), strict=False)
         with self._recording():
             for i, ((w, g, v, own), known) in enumerate(rows):
@@ -110,6 +112,7 @@ class Group:
                 if apply_if is not False:
                     new_v = None if v is None and is_zero(own.momentum) else new_v
                     self._keep(i, *_applied(apply_if, w, v, rule.moved(w, y), new_v))
+        # After all layers: an error in one of them leaves `out` as it was.
         if self._layers.out is not None:
             self.weights = _written(self._layers.out, self.weights)
         self._layers = self._layers._replace(gradients=())  # which are not ours to keep
@@ -132,6 +135,7 @@ class Group:
         grad_scale: Array | None = None,
     ) -> Arrays:
         """Return ``r*u`` for each layer."""
+        # All are computed before any is written, so that an error leaves the gradients.
         scale = 1.0 if grad_scale is None else beside(grad_scale, self.weights[0])
         rows = zip(self._rows(config), _each(norms), strict=False)
         new = [
@@ -142,11 +146,12 @@ class Group:
         self._layers = self._layers._replace(gradients=())
         return _written(out, new)
 
-    def _rows(self, config: Config, grad_scale: Array | None = None) -> Iterator[Any]:
+    def _rows(self, config: Config, grad_scale: Array | None = None) -> Iterator[_Row]:
         """Yield the weights, gradient, buffer and configuration of each layer."""
         layers = self._layers
         config = config_beside(config, self.weights[0])
         flags = list(zip(layers.adapt, layers.decay, strict=True))
+        # At most four: each replacement validates every hyper-parameter again.
         own = {flag: replace(config, adapt=flag[0], decay=flag[1]) for flag in flags}
         gradients = unscaled(layers.gradients, grad_scale)
         for i, flag in enumerate(flags):
@@ -165,8 +170,9 @@ class Group:
         else:
             write(v, new_v, "a momentum buffer")
 
-    def _recording(self) -> Any:
+    def _recording(self) -> AbstractContextManager[object]:
         """Have autograd record a step that is taken in place, if it must."""
+        # The optimizer's `step` runs under ``torch.no_grad()``.
         return sys.modules["torch"].enable_grad() if self._records else nullcontext()
 
 
@@ -183,12 +189,13 @@ def update_norms(
     layers: Layers, lr: Scalar, config: Config, norms: Norms | None
 ) -> Array:
     """Return |y| of each layer, of a step that is not taken."""
+    # Without `out`: a step writes there even if it is not applied.
     group = Group(layers._replace(out=None), DEFAULT)
     group.step_(lr, config, norms, apply_if=False, full_stats=True)
     return group.stats.update_norm
 
 
-def _each(norms: Norms | None) -> Iterator[Any]:
+def _each(norms: Norms | None) -> Iterator[Norms | None]:
     return repeat(None) if norms is None else zip(*norms, strict=True)
 
 
@@ -212,5 +219,5 @@ def _written(out: contract.Buffers, new: list[Array]) -> list[Array]:
     ]
 
 
-def _stack(scalars: Any) -> Array:
+def _stack(scalars: Sequence[Scalar]) -> Array:
     return namespace(scalars[0]).stack(list(map(stop_gradient, scalars)))

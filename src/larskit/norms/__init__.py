@@ -3,17 +3,22 @@
 `dtensor` has those of torch, `mesh` those of JAX inside `jax.shard_map`.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
-from larskit.arrays import check_array, check_shape
+from larskit.arrays import Array, check_array, check_shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
-def is_sharded(x: Any) -> bool:
+def is_sharded(x: object) -> "TypeGuard[DTensor]":
     """Whether `x` is a DTensor of torch: a shard of a layer, or a replica."""
     return type(x).__name__ == "DTensor"
 
 
-def check_layer(p: Any, name: str) -> None:
+def check_layer(p: "Tensor", name: str) -> None:
     """Refuse a torch parameter whose norm cannot be computed.
 
     Raises
@@ -34,7 +39,7 @@ def check_layer(p: Any, name: str) -> None:
         )
 
 
-def check_gradient(w: Any, g: Any, w_name: str, g_name: str) -> None:
+def check_gradient(w: Array, g: Array, w_name: str, g_name: str) -> None:
     """Refuse a gradient that does not belong to its weights.
 
     Raises
@@ -53,5 +58,5 @@ def check_gradient(w: Any, g: Any, w_name: str, g_name: str) -> None:
         )
 
 
-def _mesh(x: Any) -> Any:
+def _mesh(x: Array) -> "DeviceMesh | None":
     return x.device_mesh if is_sharded(x) else None

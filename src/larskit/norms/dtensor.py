@@ -5,7 +5,6 @@ it or not: the processes then always agree on what they reduce.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +104,7 @@ def _is_counted_here(layer: DTensor, sharded: set[int]) -> bool:
     )
 
 
-def _groups(mesh: DeviceMesh, dims: tuple[int, ...]) -> list[Any]:
+def _groups(mesh: DeviceMesh, dims: tuple[int, ...]) -> list[dist.ProcessGroup]:
     """Return the processes to sum over: one group, unless the mesh has no names."""
     names = mesh.mesh_dim_names
     if len(dims) < 2 or names is None:

@@ -1,16 +1,21 @@
 """GradientLARS on an optimizer of PyTorch: gradients are scaled while it steps."""
 
+from collections.abc import Sequence
 from functools import wraps
 from types import MethodType
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from larskit import norms
 from larskit.config import Config
 from larskit.torch.options import Settings
 from larskit.torch.plan import Plan
 from larskit.torch.turn import Turn
+
+_Args = Sequence[Any]
+_Kwargs = dict[str, Any]
 
 
 class Hook(Protocol):
@@ -43,7 +48,7 @@ class Attachment:
             norms.check_layer(p, f"parameter {i}")
         self._settings: list[Settings] = []
         self._plan = Plan(_check, scales_gradients=True)
-        self._originals: list[tuple[Any, Any]] = []
+        self._originals: list[tuple[Tensor, Tensor | None]] = []
         self._turn = Turn()
         self._began = False  # whether the pre-hook of this step has run
         self._active = True
@@ -51,9 +56,10 @@ class Attachment:
         self._inner = inner = optimizer.step
 
         @wraps(getattr(inner, "__func__", inner))  # what torch's schedulers look at
-        def step(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        def step(optimizer: object, *args: Any, **kwargs: Any) -> object:
             return self._step(args, kwargs)
 
+        # A bound method, because torch's schedulers wrap ``optimizer.step.__func__``.
         self._wrapper = optimizer.step = MethodType(step, optimizer)
 
     def remove(self) -> None:
@@ -79,13 +85,15 @@ class Attachment:
         state = "attached to" if self._active else "removed from"
         return f"<{self._hook!r} {state} {type(self._optimizer).__name__}>"
 
-    def _step(self, args: Any, kwargs: Any) -> Any:
+    def _step(self, args: _Args, kwargs: _Kwargs) -> object:
         if not self._active:
             return self._inner(*args, **kwargs)
         with self._turn:
             return self._step_alone(args, kwargs)
 
-    def _step_alone(self, args: Any, kwargs: Any) -> Any:
+    def _step_alone(self, args: _Args, kwargs: _Kwargs) -> object:
+        # For this step only: so it is the last in the order of registration, and no
+        # copy or pickle of the optimizer contains it.
         handle = self._optimizer.register_step_pre_hook(self._before_step)
         try:
             return self._inner(*args, **kwargs)
@@ -94,17 +102,19 @@ class Attachment:
             self._restore()
             self._began = False
 
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+    def _before_step(self, optimizer: object, args: _Args, kwargs: _Kwargs) -> Any:
         """Scale now or, where there is a closure, each time after it ran."""
         if self._began:  # by a step that calls its parent's
             return None
         self._began = True
+        # torch passes the optimizer itself as args[0].
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._scale()
             return None
 
-        def scaling_closure() -> Any:
+        def scaling_closure() -> object:
+            # LBFGS calls this often: each time on the gradients as they were.
             self._restore()
             loss = closure()
             self._scale()
@@ -118,6 +128,7 @@ class Attachment:
     def _scale(self) -> None:
         """Compute every scaled gradient, then put them in place of the originals."""
         plan, config = self._plan, self._hook.config()
+        # A new list in each step would look like a change to the plan.
         if not self._settings or self._settings[0].config is not config:
             self._settings = [Settings(config)]
         params = self._params()
@@ -131,6 +142,7 @@ class Attachment:
                 bucket.params, bucket.scaled_gradients(config, scale), strict=True
             )
         ]
+        # An error above leaves every ``.grad`` as it was.
         self._originals = [(p, p.grad) for p, _ in scaled]
         for p, g in scaled:
             p.grad = g
@@ -142,10 +154,10 @@ class Attachment:
                 p.grad = g
         self._originals = []
 
-    def _params(self) -> list[Any]:
+    def _params(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def _grad_scale(self) -> Any:
+    def _grad_scale(self) -> Tensor | None:
         """Return what GradScaler left the gradients multiplied by, if anything."""
         if not getattr(self._optimizer, "_step_supports_amp_scaling", False):
             return None

@@ -1,16 +1,19 @@
 """The step of each parameter in the middle of the backward pass."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from larskit.config import PER_LAYER
 from larskit.rule import LayerStats
-from larskit.torch.options import Groups, is_selected, policy_of
+from larskit.torch.options import Groups, State, is_selected, policy_of
 from larskit.torch.plan import Plan, name_of
 from larskit.torch.stepper import Stepper
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 
 class StepInBackward(Stepper):
@@ -27,8 +30,9 @@ class StepInBackward(Stepper):
         self._former = optimizer._stepper
         self._steppers: dict[Tensor, Stepper] = {}
         self._stepped: dict[Tensor, Stepper] = {}
+        # `layer_stats` is called after `step_`, which has emptied `_stepped` by then.
         self._last: list[Stepper] = []
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         for index in range(len(optimizer.param_groups)):
             self.group_added(index)
 
@@ -43,18 +47,23 @@ class StepInBackward(Stepper):
     def _step_one(self, index: int, row: int, p: Tensor) -> None:
         group = self._optimizer.param_groups[index]
         name = name_of(index, group, row)
+        # Before anything moves: this gradient was computed at weights that the first
+        # one has changed already, so that the sum of both would be wrong.
         if p in self._stepped:
             raise RuntimeError(
                 f"{name!r} got a second gradient before optimizer.step(): call step() "
                 "after each backward pass, as step_in_backward accumulates nothing"
             )
+        # A group's flags have an entry for each of its rows, and `alone` has one row.
+        # The dict is new at each call, but its values are not: the plan compares those.
         only = {name: is_selected(group, name, row) for name in PER_LAYER}
         alone = {**group, **only, "params": [p], "param_names": [name]}
         self._steppers[p].step_([alone], self._optimizer.state)
         self._stepped[p] = self._steppers[p]
+        # Here, not in `zero_grad`: at most one gradient exists at a time.
         p.grad = None
 
-    def check_closure(self, closure: Any) -> None:
+    def check_closure(self, closure: object) -> None:
         """Refuse a closure: its backward pass would step."""
         if closure is not None:
             raise RuntimeError(
@@ -63,7 +72,11 @@ class StepInBackward(Stepper):
             )
 
     def step_(
-        self, groups: Groups, state: Any, grad_scale: Any = None, found_inf: Any = None
+        self,
+        groups: Groups,
+        state: State,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> None:
         """End the step of all parameters, so that the next backward pass may begin."""
         del state, grad_scale, found_inf
@@ -91,6 +104,7 @@ class StepInBackward(Stepper):
         """Have the optimizer step when `step` is called, as before."""
         for handle in self._handles:
             handle.remove()
+        # A second `remove` must not undo what came after the first.
         if self._optimizer._stepper is self:
             self._optimizer._stepper = self._former
 
@@ -156,6 +170,7 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> StepInBackward:
         raise RuntimeError(
             "the optimizer steps in backward already: remove() that first"
         )
+    # The first backward pass would accumulate into them, and step along the sum.
     if any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
         raise RuntimeError(
             "there are gradients that no step has used: call optimizer.step() or "

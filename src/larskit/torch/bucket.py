@@ -1,7 +1,8 @@
 """Parameters that one engine processes together, and where their state is kept."""
 
+from collections.abc import Mapping
 from operator import is_
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +13,20 @@ from larskit.config import PER_LAYER, Config
 from larskit.engines import Layers
 from larskit.norms import is_sharded
 from larskit.rule import Norms
-from larskit.torch.options import Settings, is_selected
+from larskit.torch.options import (
+    LayerState,
+    ParamGroup,
+    Settings,
+    State,
+    is_selected,
+)
+
+if TYPE_CHECKING:
+    from larskit.arrays import Scalar
 
 MOMENTUM, MASTER = _TENSORS = "momentum_buffer", "master_weight"
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-_NOTHING: dict[str, Any] = {}
+_NOTHING: LayerState = {}
 
 
 class BucketKey(NamedTuple):
@@ -47,7 +57,7 @@ class Bucket:
         self.key = key
         self.names: list[str] = []
         self.params: list[Any] = []
-        self.rows: Any = None  # of these parameters among all that are sharded
+        self.rows: Tensor | None = None  # of these among all sharded parameters
         self.norms: Norms | None = None  # of this step, where they are known before it
         self._flags: list[list[bool]] = [[], []]  # whether each is adapted, and decayed
         self._locals: list[Tensor] = []  # the shards of the parameters held here
@@ -56,22 +66,30 @@ class Bucket:
         self._stored: list[list[Any]] = [[], [], []]  # state dicts, their keys, values
         self._is_stored = False
         self._versions: list[int] = []
-        self._scaled: dict[int, Any] = {}  # DTensors around scaled gradients, by id
+        # Scaled gradients and the DTensors around them, by the id of the former.
+        self._scaled: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(
-        self, group: dict[str, Any], row: int, name: str, state: Any, written: Any
+        self,
+        group: ParamGroup,
+        row: int,
+        name: str,
+        state: State,
+        written: Mapping[Tensor, int],
     ) -> None:
         """Take a parameter of a group in, with its state.
 
         `written` has the versions of parameters when their masters were written last.
         """
         p = group["params"][row]
+        # `state` is a defaultdict: an index would add an entry, and bind may raise.
         kept = state.get(p, _NOTHING)
         local, buffer = self._local(p), self._local(kept.get(MOMENTUM))
         self._check_memory(p, name, kept)
         w = local
         if self.key.master:
             w = _master(self._local(kept.get(MASTER)), local, written.get(p))
+            # Of low precision if it is older than `master_weights=True`.
             buffer = None if buffer is None else buffer.float()
         self.names.append(name)
         self.params.append(p)
@@ -104,6 +122,7 @@ class Bucket:
 
     def rebind(self) -> bool:
         """Bind the gradients that are here now; False if anything else has changed."""
+        # Those of the last step: `measure` would return them for this one.
         self.norms = None
         gradients = [p.grad for p in self.params]
         if self.key.sharded:
@@ -112,6 +131,7 @@ class Bucket:
             gradients = [g.to_local() for g in gradients]
         if self.key.master and self.versions() != self._versions:
             return False
+        # A caller may have replaced what `_store` put there, and the engine writes.
         states, keys, values = self._stored
         same_state = all(map(is_, map(dict.get, states, keys), values))
         return same_state and self.group.rebind(gradients)
@@ -120,18 +140,24 @@ class Bucket:
         pairs = zip(self.params, gradients, strict=True)
         if not all(is_sharded(g) and g.placements == p.placements for p, g in pairs):
             return False
-        # The local tensors are views; the engine has seen the first ones only.
+        # `to_local` makes a new view at each call: identity cannot be compared, and
+        # the engine has seen the first ones only.
         rows = zip(map(self._local, self.params), self._locals, strict=True)
         return all(x.data_ptr() == w.data_ptr() and x.shape == w.shape for x, w in rows)
 
-    def measure(self, config: Config, grad_scale: Any = None) -> Norms:
+    def measure(self, config: Config, grad_scale: Tensor | None = None) -> Norms:
         """Return the norms of what is held here, before the step."""
         if self.norms is None:
             self.norms = self.group.norms(config, grad_scale)
         return self.norms
 
     def step_(
-        self, lr: Any, config: Config, state: Any, grad_scale: Any, apply_if: Any
+        self,
+        lr: "Scalar",
+        config: Config,
+        state: State,
+        grad_scale: Tensor | None,
+        apply_if: bool | Tensor,
     ) -> None:
         """Move the parameters and keep their state; see `engines.Group.step_`."""
         self.group.step_(
@@ -145,11 +171,12 @@ class Bucket:
         if not self._is_stored:
             self._store(state)
 
-    def _store(self, state: Any) -> None:
+    def _store(self, state: State) -> None:
         """Put the buffers and masters into the optimizer's state, once."""
         self._is_stored = True
         rows = zip(self.params, self._weights, self.group.buffers, strict=True)
         for p, w, v in rows:
+            # No step would update it, and a checkpoint would keep it.
             if MASTER in state.get(p, ()) and not self.key.master:
                 del state[p][MASTER]
             for key, x in ((MOMENTUM, v), (MASTER, w if self.key.master else None)):
@@ -159,12 +186,15 @@ class Bucket:
                     for column, value in zip(self._stored, row, strict=True):
                         column.append(value)
 
-    def scaled_gradients(self, config: Config, grad_scale: Any) -> list[Any]:
+    def scaled_gradients(
+        self, config: Config, grad_scale: Tensor | None
+    ) -> list[Tensor]:
         """Return the scaled gradients, as tensors of the kind of their parameters."""
         found = self.group.scale_gradients(config, self.norms, grad_scale)
         if not self.key.sharded:
             return list(found)
         for p, g in zip(self.params, found, strict=True):
+            # The entry holds `g` as well, so that no other tensor can get its id.
             if id(g) not in self._scaled:
                 self._scaled[id(g)] = g, self._placed_as(p, g)
         return [self._scaled[id(g)][1] for g in found]
@@ -202,6 +232,8 @@ def _master(master: Tensor | None, w: Tensor, written: int | None) -> Tensor:
     """Return the float32 weights of `w`: the master, except where `w` was changed."""
     if master is None:
         return w.float()
+    # None: the master comes from a loaded state, which is more precise than `w`.
     if written in (None, w._version):
         return master
+    # By elements: those that nobody wrote keep the digits that `w` cannot hold.
     return master.where(master.to(w.dtype) == w, w.float())

@@ -1,14 +1,17 @@
 """What an optimizer does with each layer, in words: `repr` and `LARS.describe`."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from larskit import config as _config
 from larskit.config import PER_LAYER
-from larskit.torch.options import Groups, is_selected
+from larskit.torch.options import Groups, ParamGroup, is_selected
 from larskit.torch.plan import Plan, name_of
+
+if TYPE_CHECKING:
+    from larskit.arrays import Scalar
 
 _SHOWN = 6  # names in a repr
 
@@ -71,7 +74,7 @@ def table(groups: Groups, plans: list[Plan]) -> str:
     return "\n".join(map(str.rstrip, lines))
 
 
-def _rows(index: int, group: dict[str, Any], engines: dict[Any, str]) -> Iterator[_Row]:
+def _rows(index: int, group: ParamGroup, engines: dict[Tensor, str]) -> Iterator[_Row]:
     for place, p in enumerate(group["params"]):
         adapted, decayed = (is_selected(group, what, place) for what in PER_LAYER)
         yield _Row(
@@ -84,14 +87,14 @@ def _rows(index: int, group: dict[str, Any], engines: dict[Any, str]) -> Iterato
         )
 
 
-def _at_raw_rate(lr: Any) -> str:
+def _at_raw_rate(lr: "Scalar") -> str:
     """Warn of a rate that is made for adapted layers; a tensor is not looked at."""
     if isinstance(lr, Tensor) or lr <= 1:
         return ""
     return f"raw rate {lr:g}: lower it"
 
 
-def _options(group: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _options(group: ParamGroup) -> "Iterator[tuple[str, Scalar]]":
     """Yield the learning rate, and what is not the default."""
     defaults = vars(_config.Config())
     yield "lr", group["lr"]

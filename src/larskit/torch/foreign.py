@@ -1,5 +1,6 @@
 """State dicts of other optimizers, and of the other placement of the learning rate."""
 
+from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
@@ -7,8 +8,9 @@ from torch import Tensor
 from larskit.arrays import Scalar
 from larskit.config import PER_LAYER, SHARED, LrPlacement, choice
 from larskit.torch.bucket import MOMENTUM
-from larskit.torch.options import SWITCHES
+from larskit.torch.options import SWITCHES, Groups, ParamGroup
 
+_States = dict[Hashable, Any]  # a dict for each parameter, by its key
 StateDict = dict[str, Any]  # {"state": ..., "param_groups": ...}
 
 # The buffer of MAE, MoCo v3, VISSL, Barlow Twins and VICReg.
@@ -96,7 +98,7 @@ def _factor(lr: Scalar, lr_placement: LrPlacement) -> Scalar:
     return 1 / lr
 
 
-def adapted(state_dict: StateDict, own_groups: list[dict[str, Any]]) -> StateDict:
+def adapted(state_dict: StateDict, own_groups: Groups) -> StateDict:
     """Return a state dict that has every option of a `LARS` with `own_groups`."""
     state, groups = _translated(state_dict)
     for group, own in zip(groups, own_groups, strict=False):  # torch counts
@@ -112,7 +114,7 @@ def adapted(state_dict: StateDict, own_groups: list[dict[str, Any]]) -> StateDic
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _translated(state_dict: StateDict) -> tuple[dict[Any, Any], list[Any]]:
+def _translated(state_dict: StateDict) -> tuple[_States, list[ParamGroup]]:
     """Return copies of state and groups, with the option names of larskit."""
     state = {
         key: {MOMENTUM if name == _BUFFER else name: x for name, x in kept.items()}
@@ -120,7 +122,7 @@ def _translated(state_dict: StateDict) -> tuple[dict[Any, Any], list[Any]]:
         else kept
         for key, kept in state_dict["state"].items()
     }
-    groups = [
+    groups: list[Any] = [
         {
             _SYNONYMS.get(name, name): value
             for name, value in group.items()
@@ -131,5 +133,5 @@ def _translated(state_dict: StateDict) -> tuple[dict[Any, Any], list[Any]]:
     return state, groups
 
 
-def _has_buffer(state: dict[Any, Any], key: Any) -> bool:
+def _has_buffer(state: _States, key: Hashable) -> bool:
     return isinstance(state.get(key, {}).get(MOMENTUM), Tensor)

@@ -6,6 +6,8 @@ import torch
 
 from larskit.select import Selection, check_matched, select
 
+_Group = dict[str, Any]  # what `torch.optim.Optimizer` takes
+
 
 def param_groups(
     model: torch.nn.Module,
@@ -14,7 +16,7 @@ def param_groups(
     adapt: Selection = None,
     decay: Selection = None,
     excluded_lr: float | None = None,
-) -> list[dict[str, Any]]:
+) -> list[_Group]:
     """Split a model's parameters into groups by whether they are adapted and decayed.
 
     Parameters
@@ -52,9 +54,9 @@ def param_groups(
         selected = select(selection, names, tensors, what)
         check_matched(selection, selected, what)
         flags.append(selected)
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, bool], _Group] = {}
     for pair, adapted, decayed in zip(named, *flags, strict=True):
-        own: dict[str, Any] = {"params": [], "adapt": adapted, "decay": decayed}
+        own: _Group = {"params": [], "adapt": adapted, "decay": decayed}
         if weight_decay is not None:
             own["weight_decay"] = weight_decay
         if excluded_lr is not None and not adapted:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from larskit.arrays import check_floating
 from larskit.config import (
@@ -22,7 +23,15 @@ from larskit.select import Selection, check_matched, select
 from larskit.state import Names, PortableState
 from larskit.torch import describe, foreign, portable
 from larskit.torch.bucket import LOW_PRECISION
-from larskit.torch.options import SWITCHES, Groups, check_group, is_selected, policy_of
+from larskit.torch.foreign import StateDict
+from larskit.torch.options import (
+    SWITCHES,
+    Groups,
+    ParamGroup,
+    check_group,
+    is_selected,
+    policy_of,
+)
 from larskit.torch.stepper import Stepper
 
 _SWITCHES = (*SWITCHES, "on_nonfinite", "master_weights")
@@ -116,7 +125,7 @@ class LARS(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor,
         momentum: float = Config.momentum,
         weight_decay: float = Config.weight_decay,
@@ -155,7 +164,7 @@ class LARS(torch.optim.Optimizer):
             ]
             check_matched(defaults[name], selected, name)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group after checking it.
 
         Patterns and callables in `adapt` and `decay` become tuples of bools.
@@ -187,7 +196,7 @@ class LARS(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, None if name in PER_LAYER else value)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state of LARS, or of another optimizer with momentum.
 
         Parameters
@@ -204,9 +213,9 @@ class LARS(torch.optim.Optimizer):
             learning rate and those of this optimizer do: see `convert_state_dict`.
             Nothing has changed then.
         """
-        float32: list[tuple[Any, str, Tensor]] = []
+        float32: list[tuple[Tensor, str, Tensor]] = []
 
-        def adapt(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        def adapt(optimizer: object, state_dict: StateDict) -> StateDict:
             adapted = foreign.adapted(state_dict, self.param_groups)
             for group in adapted["param_groups"]:
                 check_group(group)
@@ -323,8 +332,8 @@ class LARS(torch.optim.Optimizer):
 
 
 def _float32_state(
-    state_dict: dict[str, Any], groups: Groups
-) -> Iterator[tuple[Any, str, Tensor]]:
+    state_dict: StateDict, groups: Groups
+) -> Iterator[tuple[Tensor, str, Tensor]]:
     """Yield the float32 state of low-precision parameters, to be set after loading."""
     for group, own in zip(state_dict["param_groups"], groups, strict=False):
         for key, p in zip(group["params"], own["params"], strict=False):
@@ -334,7 +343,7 @@ def _float32_state(
                         yield p, name, x
 
 
-def _check_parameters(params: list[Any]) -> None:
+def _check_parameters(params: list[Tensor]) -> None:
     for i, p in enumerate(params):
         check_floating(p, f"parameter {i}")
         check_layer(p, f"parameter {i}")

@@ -1,7 +1,7 @@
 """The options of a parameter group: their validation, and what they select."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -10,8 +10,13 @@ from larskit import engines
 from larskit.config import SHARED, Config, OnNonfinite, check_lr, is_zero
 from larskit.engines import Switches
 
-Group = dict[str, Any]
-Groups = Sequence[Group]
+if TYPE_CHECKING:
+    from larskit.arrays import Scalar
+
+ParamGroup = dict[str, Any]  # options by name, and the list "params"
+Groups = Sequence[ParamGroup]
+LayerState = dict[str, Tensor]  # what is kept of a parameter, by name
+State = MutableMapping[Tensor, LayerState]
 SWITCHES = Switches._fields
 
 
@@ -28,12 +33,12 @@ class Settings(NamedTuple):
         return not is_zero(self.config.momentum)
 
     @property
-    def structure(self) -> tuple[Any, ...]:
+    def structure(self) -> tuple[Switches, bool, bool]:
         """What decides about the engine and about what is kept in the state."""
         return self.switches, self.master_weights, self.keeps_momentum
 
 
-def settings_of(group: Group) -> Settings:
+def settings_of(group: ParamGroup) -> Settings:
     """Check the hyper-parameters of a group, and return them."""
     check_rate(group["lr"])
     for name in SHARED:
@@ -41,12 +46,12 @@ def settings_of(group: Group) -> Settings:
     return Settings(Config.pick(group), switches_of(group), group["master_weights"])
 
 
-def switches_of(group: Group) -> Switches:
+def switches_of(group: ParamGroup) -> Switches:
     """Return which engine a group asks for, and how it must work."""
     return Switches(*[group[name] for name in SWITCHES])
 
 
-def check_rate(lr: Any) -> None:
+def check_rate(lr: "Scalar") -> None:
     """Refuse a learning rate; the contents of a tensor are not looked at."""
     check_lr(lr)
     _check_one_number("lr", lr)
@@ -63,13 +68,13 @@ def policy_of(groups: Groups) -> str:
     return policies[0]
 
 
-def _check_one_number(name: str, x: Any) -> None:
+def _check_one_number(name: str, x: "Scalar") -> None:
     if isinstance(x, Tensor) and x.numel() != 1:
         shape = tuple(x.shape)
         raise ValueError(f"{name} has the shape {shape}, expected one number")
 
 
-def is_selected(group: Group, name: str, row: int) -> bool:
+def is_selected(group: ParamGroup, name: str, row: int) -> bool:
     """Whether a layer of a group is adapted, or decayed."""
     given = group[name]
     if given is None:
@@ -77,7 +82,7 @@ def is_selected(group: Group, name: str, row: int) -> bool:
     return given if isinstance(given, bool) else given[row]
 
 
-def check_group(group: Group) -> None:
+def check_group(group: ParamGroup) -> None:
     """Refuse options that are out of range, of the wrong type or in conflict."""
     settings_of(group)
     lr = group["lr"]
@@ -97,7 +102,7 @@ def check_group(group: Group) -> None:
 
 _FUSED_ONLY = "only a fused engine carries norms"
 _IN_PLACE = "autograd sees only the steps of the reference engine"
-_CONFLICTS: tuple[tuple[dict[str, Any], str], ...] = (
+_CONFLICTS: tuple[tuple[dict[str, object], str], ...] = (
     ({"foreach": True, "fused": True}, "they ask for two engines"),
     ({"carry_norms": True, "foreach": True}, _FUSED_ONLY),
     ({"carry_norms": True, "foreach": False}, _FUSED_ONLY),

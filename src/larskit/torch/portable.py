@@ -11,13 +11,12 @@ from larskit.arrays import Scalar, from_numpy, to_numpy
 from larskit.config import PER_LAYER
 from larskit.norms import is_sharded
 from larskit.state import Names, PortableState
-from larskit.state.portable import LayerTable, described
-from larskit.torch.options import is_selected, settings_of
+from larskit.state.portable import Layer, LayerTable, described
+from larskit.torch.options import ParamGroup, is_selected, settings_of
 from larskit.torch.plan import name_of
 
 # The parts of a state, and what they are called in `optimizer.state`.
 KINDS = {"momentum": "momentum_buffer", "master": "master_weight"}
-Group = dict[str, Any]  # a parameter group
 
 
 def portable_state(optimizer: torch.optim.Optimizer) -> PortableState:
@@ -90,9 +89,9 @@ def load_portable_state(
 
 
 class _Layer(NamedTuple):
-    group: Group
+    group: ParamGroup
     weight: Any  # a Tensor, or a DTensor
-    described: dict[str, Any]
+    described: Layer
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,7 +121,7 @@ def _layers(optimizer: torch.optim.Optimizer) -> dict[str, _Layer]:
 
 
 def _at(
-    rates: list[Scalar], groups: list[Group], layers: dict[str, _Layer]
+    rates: list[Scalar], groups: list[ParamGroup], layers: dict[str, _Layer]
 ) -> LayerTable:
     """Return the hyper-parameters of each layer at other rates of its group."""
     rate_of = {id(g): float(rate) for g, rate in zip(groups, rates, strict=True)}
@@ -147,7 +146,7 @@ def _tensors(
     }
 
 
-def _whole(x: Any) -> np.ndarray:
+def _whole(x: Tensor) -> np.ndarray:
     """Copy a tensor to NumPy; a sharded one is gathered from all processes."""
     return to_numpy(x.full_tensor() if is_sharded(x) else x)
 

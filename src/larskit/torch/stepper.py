@@ -1,7 +1,7 @@
 """One step of an optimizer: validation, what decides whether to move, and the move."""
 
 from itertools import starmap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,11 +10,13 @@ from torch import distributed as dist
 from larskit import engines
 from larskit.config import PER_LAYER, SHARED
 from larskit.norms import is_sharded
-from larskit.rule import LayerStats
+from larskit.rule import LayerStats, Norms
 from larskit.torch.options import (
     SWITCHES,
     Groups,
+    ParamGroup,
     Settings,
+    State,
     check_rate,
     policy_of,
     settings_of,
@@ -22,6 +24,10 @@ from larskit.torch.options import (
 )
 from larskit.torch.plan import Plan, same
 from larskit.torch.turn import Turn
+
+if TYPE_CHECKING:
+    from larskit.arrays import Scalar
+    from larskit.torch.bucket import Bucket
 
 # All that a step reads of a parameter group, beside its parameters and its rate.
 _OPTIONS = (*SHARED, *PER_LAYER, *SWITCHES, "on_nonfinite", "master_weights")
@@ -33,8 +39,8 @@ class Stepper:
     def __init__(self) -> None:
         """Know nothing yet."""
         self.plan = Plan(_check_gradient)
-        self._options: list[Any] = []
-        self._rates: list[Any] = []
+        self._options: list[object] = []
+        self._rates: list[Scalar] = []
         self._settings: list[Settings] = []
         self._policy = ""
         self._turn = Turn()
@@ -43,7 +49,7 @@ class Stepper:
     def step_(
         self,
         groups: Groups,
-        state: Any,
+        state: State,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
@@ -60,7 +66,11 @@ class Stepper:
             self._step_outside_graphs(groups, state, grad_scale, found_inf)
 
     def _step_(
-        self, groups: Groups, state: Any, grad_scale: Any, found_inf: Any
+        self,
+        groups: Groups,
+        state: State,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> None:
         with self._turn:
             self._step_alone(groups, state, grad_scale, found_inf)
@@ -74,9 +84,11 @@ class Stepper:
         except engines.Unsupported as why:
             raise _refusal(groups, why) from None
         buckets = self.plan.buckets
+        # All checks come before the first move: a refused step changes no parameter.
         for bucket in buckets:
             index = bucket.key.group
             bucket.group.check(self._rates[index], self._settings[index].config)
+        # Before `_judge`, which must see the norms of whole layers.
         self.plan.all_reduce_norms(grad_scale)
         apply_if = True if found_inf is None else found_inf == 0
         if self._policy != "propagate":
@@ -87,7 +99,7 @@ class Stepper:
             bucket.step_(self._rates[index], config, state, grad_scale, apply_if)
         self.plan.after_step(state)
 
-    def _step_in_graph(self, groups: Groups, state: Any) -> None:
+    def _step_in_graph(self, groups: Groups, state: State) -> None:
         """Step on the foreach engine, with operations that `torch.compile` traces."""
         settings = [settings_of(group) for group in groups]
         plan = Plan(_check_gradient)  # of this call: what is traced keeps nothing
@@ -100,10 +112,13 @@ class Stepper:
 
     def _validate(self, groups: Groups) -> None:
         """Check what has changed in the groups, before anything else changes."""
+        # By identity. A tensor is not compared by value, which would wait for its
+        # device: the engines read its contents in each step.
         options = [group[name] for group in groups for name in _OPTIONS]
         if not same(options, self._options):
             policy = policy_of(groups)
             self._settings = [settings_of(group) for group in groups]
+            # Only now: where a setting was refused, the next step must check again.
             self._options, self._policy = options, policy
         rates = [group["lr"] for group in groups]
         if not same(rates, self._rates):
@@ -111,13 +126,17 @@ class Stepper:
                 check_rate(rate)
             self._rates = rates
 
-    def _judge(self, grad_scale: Any, apply_if: Any) -> Any:
+    def _judge(
+        self, grad_scale: Tensor | None, apply_if: bool | Tensor
+    ) -> bool | Tensor:
         """Return whether to move: as `apply_if` says, and if all norms are finite.
 
         The answer is a bool, or a tensor on the device. The host waits for the device
         only where an error may follow, or where first buffers are made or not.
         """
         found = [self._measure(bucket, grad_scale) for bucket in self.plan.buckets]
+        # Before any raise, on every process: one that raised alone would leave the
+        # others waiting in the all-reduce.
         finite = _on_all_ranks(self._finite(found))
         if isinstance(apply_if, Tensor):
             apply_if = apply_if.to(finite.device, non_blocking=True)
@@ -125,22 +144,26 @@ class Stepper:
             raise FloatingPointError(
                 f"the step was not taken, because {self._nonfinite()} is not finite"
             )
+        # A step skipped on the device would leave first buffers of zeros behind, where
+        # a step skipped on the host leaves none.
         starts = any(self._starts(bucket) for bucket in self.plan.buckets)
         apply_if = finite & apply_if
         return bool(apply_if) if self._policy == "raise" or starts else apply_if
 
-    def _measure(self, bucket: Any, grad_scale: Any) -> Any:
+    def _measure(self, bucket: "Bucket", grad_scale: Tensor | None) -> Norms:
         return bucket.measure(self._settings[bucket.key.group].config, grad_scale)
 
-    def _starts(self, bucket: Any) -> bool:
+    def _starts(self, bucket: "Bucket") -> bool:
         """Whether this step makes the momentum buffer of a parameter."""
         keeps = self._settings[bucket.key.group].keeps_momentum
         return keeps and any(v is None for v in bucket.group.buffers)
 
-    def _finite(self, found: list[Any]) -> Tensor:
+    def _finite(self, found: list[Norms]) -> Tensor:
         flags = [x.isfinite().all() for norms in found for x in norms]
         device = self.plan.device
         flags = [flag.to(device, non_blocking=True) for flag in flags]
+        # The one is for a process without gradients, which must take part in the
+        # all-reduce.
         return torch.stack([torch.ones((), dtype=torch.bool, device=device), *flags])
 
     def _nonfinite(self) -> str:
@@ -151,9 +174,10 @@ class Stepper:
                 for what, x in zip(("weights", "gradient"), of_layer, strict=True):
                     if x - x != 0:
                         return f"the norm of the {what} of {name!r} ({x})"
+        # `_on_all_ranks` reduces one flag, not which layer it is about.
         return "a norm in another process"
 
-    def check_closure(self, closure: Any) -> None:
+    def check_closure(self, closure: object) -> None:
         """Accept a closure, which runs before the step."""
 
     def group_added(self, index: int) -> None:
@@ -204,7 +228,7 @@ def _refusal(groups: Groups, why: engines.Unsupported) -> RuntimeError:
     return RuntimeError(f"{switch}=True, but {why}: omit it to use another engine")
 
 
-def _is_traceable(group: dict[str, Any]) -> bool:
+def _is_traceable(group: ParamGroup) -> bool:
     """Whether `torch.compile` can make the step of a group part of its graph."""
     switches = switches_of(group)
     return (
@@ -217,6 +241,7 @@ def _is_traceable(group: dict[str, Any]) -> bool:
 
 def _on_all_ranks(flags: Tensor) -> Tensor:
     """Return whether all flags are true, here and in every other process."""
+    # A step taken by some processes only would leave them with different weights.
     flag = flags.all()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         number = flag.to(torch.int32)

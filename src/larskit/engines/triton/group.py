@@ -1,7 +1,7 @@
 """The launches of the kernels, and the tables that tell them what to do."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import accumulate
 from operator import attrgetter
@@ -31,6 +31,7 @@ _DTYPES = {
     "complex64": tl.float32,
 }
 _WARPS = 8
+_Arguments = tuple[Tensor | int, ...]  # of every kernel, see `Group._arguments`
 _GRADIENTS, _OUT, _BUFFERS = map(ROWS.index, ("gradients", "out", "buffers"))
 _FLAGS = ("adapt", "decay")  # of Config; those of the layers take their place
 INTERPRETED = not isinstance(kernels.move, triton.JITFunction)
@@ -70,6 +71,7 @@ def refusal_of(device: torch.device) -> str | None:
     try:
         with _current(device):
             kernels.probe[(1,)](torch.zeros(1, device=device))
+    # What fails may be a driver, a C compiler or Triton: there is no common class.
     except Exception as why:
         first = str(why).partition("\n")[0]
         return f"Triton runs no kernels on {device}: {type(why).__name__}: {first}"
@@ -149,6 +151,7 @@ class Group:
         self._device = self.weights[0].device
         self._stream = _stream(self._device)
         self.captured = conditional.is_capturing(self._device)
+        # By address, not by identity: ``p.data = x`` keeps the object and moves it.
         self._fixed = [*self.weights, *(x for x in self._out if x is not None)]
         self._places = _addresses(self._fixed)
         self._strides = _strides(self.weights), _strides(self._gradients)
@@ -164,17 +167,19 @@ class Group:
         *firsts, self._blocks = accumulate(blocks, initial=0)
         flags = [[int(x) for x in column] for column in (layers.adapt, layers.decay)]
         rows = [*addresses, sizes, firsts, *flags]
+        # One transfer for the whole table.
         table = conditional.integers([x for row in rows for x in row], self._device)
         self._table = table.view(len(rows), len(self.weights))
         self._addresses = addresses[_GRADIENTS]
         # Which layer each block belongs to, so that a program finds its own.
         every = torch.arange(self._blocks, device=self._device)
         firsts = self._table[ROWS.index("first")]
+        # right=True: an empty layer has the first block of the next one, and owns none.
         self._owners = torch.searchsorted(firsts, every, right=True).sub_(1)
         self._sums = self._empty(3, self._blocks)
         self._stats = self._empty(4, len(self.weights))
         self._numbers = self._empty(len(NUMBERS)).zero_()
-        self._held: list[Any] = [None] * len(NUMBERS)
+        self._held: list[Scalar] = [None] * len(NUMBERS)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device=self._device)
@@ -185,6 +190,8 @@ class Group:
         What is part of a CUDA graph stays as it was captured, for good.
         """
         gradients = list(gradients)
+        # A replay reads these tables: once captured, nothing may write them. A capture
+        # has a stream of its own, and may use the tables of another.
         captures = conditional.is_capturing(self._device)
         if not (
             not self.captured
@@ -196,6 +203,8 @@ class Group:
             return False
         addresses = _addresses(gradients)
         if addresses != self._addresses:
+            # The write would be replayed, too. A new group writes its tables in the
+            # graph.
             if captures:
                 return False
             self._write_addresses(addresses)
@@ -220,6 +229,7 @@ class Group:
         arguments = self._arguments(None, config, grad_scale)
         with _current(self._device):
             self._measure(arguments, how)
+        # Copies, because the next call writes into `_stats`.
         w_norms, q = self._stats[:2].clone()
         return w_norms, q
 
@@ -269,11 +279,12 @@ class Group:
         return applies if isinstance(applies, Tensor) else None
 
     def _measure(
-        self, arguments: Any, how: Variant, norms: Norms | None = None
+        self, arguments: _Arguments, how: Variant, norms: Norms | None = None
     ) -> None:
         """Compute the norms, unless they are given, and the trust ratios."""
         if norms is None:
             _launch(kernels.measure, self._blocks, *arguments, how)
+            # As they are now: `move` writes the weights and, to carry, their sums.
             self._summed = self._versions()
         else:
             for own, given in zip(self._stats[:2], norms, strict=True):
@@ -281,7 +292,7 @@ class Group:
         given = norms is not None
         _launch(kernels.finish, len(self.weights), *arguments, how, given)
 
-    def _move(self, arguments: Any, how: Variant) -> None:
+    def _move(self, arguments: _Arguments, how: Variant) -> None:
         _launch(kernels.move, self._blocks, *arguments, how)
         if how.full_stats:
             _launch(kernels.finish_update, len(self.weights), *arguments, how)
@@ -290,6 +301,7 @@ class Group:
         """Take account of the weights and buffers that a step writes."""
         # Where the device skips the step, the squares are those of before.
         known = applies is True or self._knows_squares()
+        # The kernels write by address, which autograd does not see.
         torch.autograd.graph.increment_version(self._fixed)
         self._summed = self._versions() if known else None
         self._begin()
@@ -297,6 +309,7 @@ class Group:
     def _begin(self) -> None:
         """Use the new buffers from now on."""
         if self._missing:
+            # From device to device: no address goes through the host.
             self._table[_BUFFERS].copy_(self._table[_OUT])
             self._missing = []
             self.buffers = self._out
@@ -337,7 +350,7 @@ class Group:
         config: Config,
         grad_scale: Array | None = None,
         apply_if: Tensor | None = None,
-    ) -> tuple[Any, ...]:
+    ) -> _Arguments:
         """Write the hyper-parameters that are new, and return what kernels get.
 
         A tensor is read where it is, at each step; what comes from another device is
@@ -352,12 +365,18 @@ class Group:
             value = lr if name == "lr" else getattr(config, name)
             if value is None or (value is lr and isinstance(lr, Tensor)):
                 continue  # not needed, or read where it is
+            # The host does not know the value, so that the next number is written in
+            # any case.
             if isinstance(value, Tensor):
                 self._numbers[i].copy_(value.view(()), non_blocking=True)
                 self._held[i] = None
+            # `fill_` passes the number to a kernel by value: no host memory is read
+            # later.
             elif value != self._held[i]:
                 self._numbers[i].fill_(value)
                 self._held[i] = value
+        # Where a kernel needs a pointer that it does not follow, it gets `_numbers`.
+        # Its first entry is lr.
         return (
             self._table,
             self._owners,
@@ -400,7 +419,7 @@ class Group:
 
 @cache
 def _variant(
-    w: str, g: str, choices: tuple[Any, ...], *, momentum: bool, **how: bool
+    w: str, g: str, choices: tuple[object, ...], *, momentum: bool, **how: bool
 ) -> Variant:
     dtypes = _DTYPES[w], _DTYPES[g]
     compute = tl.float64 if tl.float64 in dtypes else tl.float32
@@ -454,20 +473,21 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [*map(Tensor.data_ptr, tensors)]
 
 
-def _strides(tensors: Sequence[Tensor]) -> list[Any]:
+def _strides(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
     return [*map(Tensor.stride, tensors)]
 
 
-def _are_plain(tensors: Sequence[Any], dtype: torch.dtype) -> bool:
+def _are_plain(tensors: Sequence[Array], dtype: torch.dtype) -> bool:
     return (
         {*map(type, tensors)} == {Tensor}
         and {*map(attrgetter("dtype"), tensors)} == {dtype}
         and {*map(attrgetter("layout"), tensors)} == {torch.strided}
+        # The memory of a lazily negated tensor holds the negatives.
         and not any(map(Tensor.is_neg, tensors))
     )
 
 
-def _launch(kernel: Any, programs: int, *arguments: Any) -> None:
+def _launch(kernel: Any, programs: int, *arguments: object) -> None:
     if programs:
         kernel[(programs,)](*arguments, num_warps=_WARPS, enable_fp_fusion=False)
 
@@ -478,6 +498,7 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
 
 
-def _current(device: torch.device) -> Any:
+def _current(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which kernels are launched on a device."""
+    # Triton launches on the current device, wherever the tensors are.
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

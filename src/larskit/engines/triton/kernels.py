@@ -10,7 +10,6 @@ Addresses and hyper-parameters are read from tables. Compile without fused multi
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 from dataclasses import dataclass, fields, make_dataclass
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -30,11 +29,13 @@ ROWS = ("weights", "gradients", "out", "buffers", "size", "first", "adapt", "dec
 NUMBERS = ("lr", *(x.name for x in fields(Config) if isinstance(x.default, float)))
 CHOICES = tuple(x.name for x in fields(Config) if x.name not in NUMBERS)
 
+# Triton compiles a kernel again where a number is 1 or a multiple of 16, or an address
+# aligned, unless told not to: `_ANY` are those for which it would gain nothing.
 _POINTERS = ("lr_ptr", "scale_ptr", "apply_if_ptr")  # of the caller: aligned or not
 _ANY = ["layers", "blocks", *_POINTERS]
 
 
-def _indices(name: str, names: tuple[str, ...]) -> Any:
+def _indices(name: str, names: tuple[str, ...]) -> object:
     """Return an object whose attributes are the indices of the names."""
     kind = make_dataclass(name, [(x, int, i) for i, x in enumerate(names)], frozen=True)
     return kind()
@@ -51,9 +52,9 @@ class Variant:
     kernels read from it: hence the places in the tables are fields too.
     """
 
-    w: Any
-    g: Any
-    compute: Any  # the dtype of the arithmetic, float32 or float64
+    w: tl.dtype
+    g: tl.dtype
+    compute: tl.dtype  # the dtype of the arithmetic, float32 or float64
     denominator: str
     lr_placement: str
     nesterov: bool
@@ -69,8 +70,8 @@ class Variant:
     carried: bool = False  # whether the last step left the squares of the weights
     carries: bool = False  # whether to leave them for the next step
     full_stats: bool = False  # whether to leave the squares of the update
-    row: Any = _ROW
-    number: Any = _NUMBER
+    row: object = _ROW
+    number: object = _NUMBER
 
 
 @triton.jit
@@ -116,6 +117,7 @@ def _number(numbers_ptr, index, x):
 def _descended(w, g, decay, numbers_ptr, scale_ptr, HOW: tl.constexpr):
     """Return the gradient without the scale of the loss, and what to descend along."""
     if HOW.unscales:  # in the steps of torch's GradScaler
+        # Rounded as `conditional.unscaled` rounds.
         g *= (1.0 / tl.load(scale_ptr).to(tl.float64)).to(tl.float32).to(HOW.compute)
     u = g
     if HOW.maximize:
@@ -173,6 +175,7 @@ def _measured(
     g = g.to(HOW.compute)
     w = tl.zeros([BLOCK], HOW.compute)
     PLAIN: tl.constexpr = HOW.denominator == "paper" or HOW.denominator == "gradient"
+    # This is the memory pass that carried norms save.
     if not (HOW.carried and PLAIN):
         w = _load(_entry(layer_ptr, layers, HOW.row.weights), at, size, HOW.w, WHOLE)
         w = w.to(HOW.compute)
@@ -194,6 +197,7 @@ def measure(
     lr_ptr, numbers_ptr, scale_ptr, apply_if_ptr, HOW: tl.constexpr,
 ):  # fmt: skip
     """Leave the sums of squares of each block, of w and of what is measured."""
+    # int64: an offset in a layer of more than 2**31 elements would overflow.
     block = tl.program_id(0).to(tl.int64)
     layer_ptr = table_ptr + tl.load(owners_ptr + block)
     size, at, whole = _block(layer_ptr, layers, block, HOW)
@@ -213,6 +217,7 @@ def measure(
 @triton.jit
 def _norm(sums_ptr, count):
     """Return the root of the sum of `count` numbers, added in a fixed order."""
+    # No atomics: their order, and hence the rounding, would change from run to run.
     total = tl.zeros([_FOLD], tl.float64)
     for start in range(0, count, _FOLD):
         at = start + tl.arange(0, _FOLD)
@@ -347,6 +352,7 @@ def move(
             HOW, False,
         )  # fmt: skip
     if HOW.carries:
+        # After a skipped step the sums of before are still those of the weights.
         tl.store(sums_ptr + block, of_w, mask=applied)
     if HOW.full_stats:
         tl.store(sums_ptr + 2 * blocks + block, of_y)
