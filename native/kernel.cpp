@@ -129,7 +129,7 @@ void Batch::run(const Call &call, int threads) {
 void Batch::plan(int threads) {
   if (threads == threads_)
     return;
-  threads_ = threads;
+  threads_ = 0; // until all is done: memory may run out
   pieces_.clear();
   shares_.clear();
   std::vector<int> order(layers.size()), whole;
@@ -147,14 +147,15 @@ void Batch::plan(int threads) {
     for (std::int64_t k = 0; k < n; k += chunk)
       pieces_.push_back({i, k, std::min(k + chunk, n), false});
   }
-  share_whole(whole);
+  share_whole(whole, threads);
   claims_.reset(new Claim[pieces_.size()]);
+  threads_ = threads;
 }
 
 // Give each layer to the thread that has the least so far, the largest first.
-void Batch::share_whole(const std::vector<int> &order) {
-  std::vector<std::vector<int>> dealt(threads_);
-  std::vector<std::int64_t> load(threads_);
+void Batch::share_whole(const std::vector<int> &order, int threads) {
+  std::vector<std::vector<int>> dealt(threads);
+  std::vector<std::int64_t> load(threads);
   for (int i : order) {
     const auto least = std::min_element(load.begin(), load.end()) - load.begin();
     dealt[least].push_back(i);

@@ -126,7 +126,7 @@ private:
 
   void run(const Call &, int threads);
   void plan(int threads);
-  void share_whole(const std::vector<int> &order);
+  void share_whole(const std::vector<int> &order, int threads);
   void work(const Call &, int thread);
   void measure_section(const Call &, int thread, const int *shares);
   void write_section(const Call &, int thread, int begin, int end);
