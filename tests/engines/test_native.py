@@ -524,9 +524,11 @@ def test_it_steps_with_the_threads_that_there_are(program, python):
 
 
 @pytest.mark.distributed
-def test_the_interpreter_may_end_during_a_step(python):
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_the_interpreter_may_end_during_a_step(framework, python):
     for _ in range(5):
-        assert python(LIVE / "ending.py", LARSKIT_NUM_THREADS="2") == "done\n"
+        said = python(LIVE / "ending.py", framework, LARSKIT_NUM_THREADS="2")
+        assert said == "done\n"
 
 
 def test_the_threads_for_numpy_arrays(monkeypatch):
