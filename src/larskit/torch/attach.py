@@ -89,18 +89,15 @@ class Attachment:
         if not self._active:
             return self._inner(*args, **kwargs)
         with self._turn:
-            return self._step_alone(args, kwargs)
-
-    def _step_alone(self, args: _Args, kwargs: _Kwargs) -> object:
-        # For this step only: so it is the last in the order of registration, and no
-        # copy or pickle of the optimizer contains it.
-        handle = self._optimizer.register_step_pre_hook(self._before_step)
-        try:
-            return self._inner(*args, **kwargs)
-        finally:
-            handle.remove()
-            self._restore()
-            self._began = False
+            # For this step only: so it is the last in the order of registration, and no
+            # copy or pickle of the optimizer contains it.
+            handle = self._optimizer.register_step_pre_hook(self._before_step)
+            try:
+                return self._inner(*args, **kwargs)
+            finally:
+                handle.remove()
+                self._restore()
+                self._began = False
 
     def _before_step(self, optimizer: object, args: _Args, kwargs: _Kwargs) -> Any:
         """Scale now or, where there is a closure, each time after it ran."""

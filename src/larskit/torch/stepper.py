@@ -73,31 +73,26 @@ class Stepper:
         found_inf: Tensor | None,
     ) -> None:
         with self._turn:
-            self._step_alone(groups, state, grad_scale, found_inf)
-
-    def _step_alone(
-        self, groups: Groups, state: Any, grad_scale: Any, found_inf: Any
-    ) -> None:
-        self._validate(groups)
-        try:
-            self.plan.update(groups, self._settings, state)
-        except engines.Unsupported as why:
-            raise _refusal(groups, why) from None
-        buckets = self.plan.buckets
-        # All checks come before the first move: a refused step changes no parameter.
-        for bucket in buckets:
-            index = bucket.key.group
-            bucket.group.check(self._rates[index], self._settings[index].config)
-        # Before `_judge`, which must see the norms of whole layers.
-        self.plan.all_reduce_norms(grad_scale)
-        apply_if = True if found_inf is None else found_inf == 0
-        if self._policy != "propagate":
-            apply_if = self._judge(grad_scale, apply_if)
-        for bucket in buckets:
-            index = bucket.key.group
-            config = self._settings[index].config
-            bucket.step_(self._rates[index], config, state, grad_scale, apply_if)
-        self.plan.after_step(state)
+            self._validate(groups)
+            try:
+                self.plan.update(groups, self._settings, state)
+            except engines.Unsupported as why:
+                raise _refusal(groups, why) from None
+            buckets = self.plan.buckets
+            # All checks come before the first move: a refused step changes nothing.
+            for bucket in buckets:
+                index = bucket.key.group
+                bucket.group.check(self._rates[index], self._settings[index].config)
+            # Before `_judge`, which must see the norms of whole layers.
+            self.plan.all_reduce_norms(grad_scale)
+            apply_if = True if found_inf is None else found_inf == 0
+            if self._policy != "propagate":
+                apply_if = self._judge(grad_scale, apply_if)
+            for bucket in buckets:
+                index = bucket.key.group
+                config = self._settings[index].config
+                bucket.step_(self._rates[index], config, state, grad_scale, apply_if)
+            self.plan.after_step(state)
 
     def _step_in_graph(self, groups: Groups, state: State) -> None:
         """Step on the foreach engine, with operations that `torch.compile` traces."""
