@@ -2,6 +2,7 @@
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class StepInBackward(Stepper):
     def __init__(self, optimizer: Any) -> None:
         """Watch every parameter."""
         super().__init__()
-        self._optimizer = optimizer
+        # The optimizer holds this object: neither keeps the other alive.
+        self._optimizer_ref = ref(optimizer)
         self._former = optimizer._stepper
         self._steppers: dict[Tensor, Stepper] = {}
         self._stepped: dict[Tensor, Stepper] = {}
@@ -40,8 +42,12 @@ class StepInBackward(Stepper):
         """Step the parameters of a group as their gradients become ready."""
         for row, p in enumerate(self._optimizer.param_groups[index]["params"]):
             self._steppers[p] = Stepper()
-            hook = partial(self._step_one, index, row)
+            hook = partial(_step_ready, ref(self), index, row)
             self._handles.append(p.register_post_accumulate_grad_hook(hook))
+
+    @property
+    def _optimizer(self) -> Any:
+        return self._optimizer_ref()
 
     @torch.no_grad()
     def _step_one(self, index: int, row: int, p: Tensor) -> None:
@@ -105,7 +111,7 @@ class StepInBackward(Stepper):
         for handle in self._handles:
             handle.remove()
         # A second `remove` must not undo what came after the first.
-        if self._optimizer._stepper is self:
+        if getattr(self._optimizer, "_stepper", None) is self:
             self._optimizer._stepper = self._former
 
     def __enter__(self) -> "StepInBackward":
@@ -115,6 +121,16 @@ class StepInBackward(Stepper):
     def __exit__(self, *exception: object) -> None:
         """Take the hooks off."""
         self.remove()
+
+
+def _step_ready(
+    stepper: "ref[StepInBackward]", index: int, row: int, p: Tensor
+) -> None:
+    """Step a parameter, as long as its optimizer is there."""
+    # Autograd holds this hook where the cyclic collector does not look: a strong
+    # reference would keep the optimizer and the model for ever.
+    if (alive := stepper()) is not None and alive._optimizer is not None:
+        alive._step_one(index, row, p)
 
 
 def step_in_backward(optimizer: torch.optim.Optimizer) -> StepInBackward:

@@ -1,5 +1,6 @@
 """One step of an optimizer: validation, what decides whether to move, and the move."""
 
+from functools import cache
 from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ class Stepper:
         self._settings: list[Settings] = []
         self._policy = ""
         self._turn = Turn()
-        self._step_outside_graphs: Any = torch.compiler.disable(self._step_)
+        self._step_outside_graphs: Any = _outside_graphs()
 
     def step_(
         self,
@@ -63,7 +64,7 @@ class Stepper:
         elif all(map(_is_traceable, groups)):
             self._step_in_graph(groups, state)
         else:
-            self._step_outside_graphs(groups, state, grad_scale, found_inf)
+            self._step_outside_graphs(self, groups, state, grad_scale, found_inf)
 
     def _step_(
         self,
@@ -200,6 +201,14 @@ class Stepper:
             rows = zip(*vectors, *flags, strict=True)
             found.update(zip(bucket.names, starmap(LayerStats, rows), strict=True))
         return found
+
+
+@cache
+def _outside_graphs() -> Any:
+    """Return the step as a function that `torch.compile` calls between its graphs."""
+    # Not of a bound method: an optimizer that holds itself is freed by the cyclic
+    # collector only, and with it all weights, gradients and buffers.
+    return torch.compiler.disable(Stepper._step_)
 
 
 def _check_gradient(p: Any, name: str) -> None:
