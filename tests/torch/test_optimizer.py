@@ -436,6 +436,39 @@ def test_bad_arguments(options, error, message):
         LARS([nn.Parameter(torch.ones(2))], **{"lr": 1.0} | options)
 
 
+def test_groups_may_bring_their_own_rates():
+    model = nn.Linear(4, 2)
+    groups = [
+        {"params": [model.weight], "lr": 4.0},
+        {"params": [model.bias], "lr": 0.1, "weight_decay": 0.5},
+    ]
+    optimizer = LARS(groups)
+    assert [group["lr"] for group in optimizer.param_groups] == [4.0, 0.1]
+
+    class Distributed(LARS):  # what Horovod makes of an optimizer
+        def __init__(self, params):
+            super().__init__(params)
+
+    again = Distributed(optimizer.param_groups)
+    for ours, theirs in zip(again.param_groups, optimizer.param_groups, strict=True):
+        assert {**ours, "params": 0} == {**theirs, "params": 0}
+    del groups[0]["lr"]
+    groups[0]["params"] = [nn.Parameter(torch.ones(2))]
+    with pytest.raises(TypeError, match="parameter group 0 has no learning rate: pass"):
+        LARS(groups)
+    with pytest.raises(TypeError, match="parameter group 0 has no learning rate: pass"):
+        LARS(nn.Linear(4, 2).parameters())
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "eps"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_defaults_that_no_group_uses_are_checked_too(name, value):
+    own = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "eps": 0.0}
+    group = {"params": [nn.Parameter(torch.ones(2))], **own}
+    with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
+        LARS([group], **{name: value})
+
+
 def test_bad_parameters():
     integers = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
     with pytest.raises(TypeError, match="parameter 0 has the dtype int64"):

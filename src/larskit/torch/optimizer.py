@@ -49,9 +49,10 @@ class LARS(torch.optim.Optimizer):
     ----------
     params : iterable of Tensor, of (name, Tensor) pairs, or of dict
         Parameters or groups of them; `param_groups` makes groups of a model.
-    lr : float or 0-d Tensor
-        Learning rate, at least 0. With the default trust coefficient good rates are
-        about a hundred times those of SGD, 1 to 30.
+    lr : float or 0-d Tensor, optional
+        Learning rate, at least 0; not needed where each group has its own. With the
+        default trust coefficient good rates are about a hundred times those of SGD, 1
+        to 30.
     {momentum:threshold}
     adapt, decay : None, bool, pattern, sequence of patterns, or callable
         Which layers get a trust ratio and which are decayed. None (default): those of
@@ -126,7 +127,7 @@ class LARS(torch.optim.Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor,
+        lr: float | Tensor | None = None,
         momentum: float = Config.momentum,
         weight_decay: float = Config.weight_decay,
         trust_coefficient: float = Config.trust_coefficient,
@@ -154,6 +155,7 @@ class LARS(torch.optim.Optimizer):
         defaults = {
             name: given[name] for name in ("lr", *SHARED, *PER_LAYER, *_SWITCHES)
         }
+        check_group({**defaults, "lr": 0.0 if lr is None else lr})
         self._stepper = Stepper()
         super().__init__(params, defaults)
         for name in PER_LAYER:
@@ -170,6 +172,11 @@ class LARS(torch.optim.Optimizer):
         Patterns and callables in `adapt` and `decay` become tuples of bools.
         """
         full = {**self.defaults, **param_group}
+        if full["lr"] is None:
+            raise TypeError(
+                f"parameter group {len(self.param_groups)} has no learning rate: pass "
+                "lr, or give each group its own"
+            )
         check_group(full)
         super().add_param_group(dict(param_group))  # torch fills in what it is given
         group = self.param_groups[-1]
