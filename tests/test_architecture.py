@@ -68,7 +68,7 @@ ALLOWED = {
     },
     # the optimizers
     "torch": {"torch.backward", "torch.foreign", "torch.groups", "torch.optimizer"},
-    "torch.groups": {"select"},
+    "torch.groups": {"config", "select"},
     "torch.options": {"config", "engines"},
     "torch.bucket": {
         *("arrays", "config", "engines", "norms", "norms.dtensor", "rule"),

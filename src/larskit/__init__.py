@@ -29,6 +29,11 @@ _LAZY = ("jax", "keras", "state", "torch")
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return import_module(f"larskit.{name}")
+    if name == "LARS":  # of an AttributeError `from larskit import` shows no text
+        raise ImportError(
+            "there is one LARS for each framework: import it from larskit.torch, "
+            "larskit.jax or larskit.keras"
+        )
     raise AttributeError(f"module 'larskit' has no attribute {name!r}")
 
 

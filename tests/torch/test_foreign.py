@@ -136,6 +136,35 @@ def test_buffers_of_the_other_placement_are_refused_until_they_are_converted():
     assert str(optimizer.state_dict()) == before
 
 
+@pytest.mark.parametrize(
+    ("other_class", "kept"),
+    [
+        (torch.optim.AdamW, "exp_avg, exp_avg_sq, step"),
+        (torch.optim.Adagrad, "step, sum"),
+        (torch.optim.RMSprop, "square_avg, step"),
+    ],
+)
+def test_states_without_momentum_are_refused(other_class, kept):
+    params = layers()
+    other = other_class(params, lr=0.01)
+    train(other, params, range(2))
+    optimizer = LARS(params, 2.0, lr_placement="outside")
+    train(optimizer, params, range(2))
+    before = str(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"parameter 0 has {kept} and no momentum_buf"):
+        optimizer.load_state_dict(other.state_dict())
+    assert str(optimizer.state_dict()) == before
+
+
+def test_the_state_of_sgd_without_momentum_is_no_state():
+    params = layers()
+    sgd = torch.optim.SGD(params, lr=0.01)
+    train(sgd, params, range(2))
+    optimizer = LARS(params, 2.0)
+    optimizer.load_state_dict(sgd.state_dict())
+    train(optimizer, params, range(1))
+
+
 def test_a_bad_hyper_parameter_in_a_state_dict_is_refused_before_anything_changes():
     params = layers()
     optimizer = LARS(params, 2.0)

@@ -469,6 +469,54 @@ def test_defaults_that_no_group_uses_are_checked_too(name, value):
         LARS([group], **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("trust_coeff", "trust_coefficient"),
+        ("eta", "trust_coefficient"),
+        ("trust_clip", "clip"),
+        ("epsilon", "eps"),
+        ("always_adapt", "adapt=True"),
+        ("exclude_bias_n_norm", "nothing: adapt=None and decay=None exclude them"),
+    ],
+)
+def test_names_of_other_implementations_are_explained(name, instead):
+    arguments: Any = {name: 0.5}
+    with pytest.raises(TypeError, match=f"LARS got {name}: pass {instead} instead"):
+        LARS([nn.Parameter(torch.ones(2))], 1.0, **arguments)
+
+
+def test_lars_is_imported_from_the_module_of_a_framework():
+    with pytest.raises(ImportError, match=r"import it from larskit\.torch, lar"):
+        from larskit import LARS  # noqa: F401  # pyright: ignore
+
+
+WRONG_GROUPS = [
+    (
+        {"model": [nn.Parameter(torch.ones(2))]},
+        TypeError,
+        "model is a list, expected a",
+    ),
+    (
+        {"weight_decay": -1.0},
+        ValueError,
+        "weight_decay must be a finite number of at l",
+    ),
+    (
+        {"weight_decay": "1e-4"},
+        TypeError,
+        "weight_decay must be a finite number of at l",
+    ),
+    ({"excluded_lr": -0.1}, ValueError, "excluded_lr must be a finite number of"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), WRONG_GROUPS)
+def test_wrong_arguments_of_param_groups(options, error, message):
+    with pytest.raises(error, match=message):
+        param_groups(**{"model": nn.Linear(4, 2), **options})
+
+
 def test_bad_parameters():
     integers = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
     with pytest.raises(TypeError, match="parameter 0 has the dtype int64"):

@@ -1,13 +1,14 @@
-"""State dicts of other optimizers, and of the other placement of the learning rate."""
+"""What other optimizers call their options, and their state dicts."""
 
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable
+from functools import wraps
+from typing import Any, ParamSpec
 
 from torch import Tensor
 
 from larskit.arrays import Scalar
 from larskit.config import PER_LAYER, SHARED, LrPlacement, choice
-from larskit.torch.bucket import MOMENTUM
+from larskit.torch.bucket import MASTER, MOMENTUM
 from larskit.torch.options import SWITCHES, Groups, ParamGroup
 
 _States = dict[Hashable, Any]  # a dict for each parameter, by its key
@@ -22,8 +23,34 @@ _SYNONYMS = {
     "eta": "trust_coefficient",
     "trust_clip": "clip",
 }
+# What to pass here instead of arguments of other implementations.
+_INSTEAD = {
+    **_SYNONYMS,
+    "trust_coef": "trust_coefficient",
+    "epsilon": "eps",
+    "always_adapt": "adapt=True",
+    "exclude_bias_n_norm": "nothing: adapt=None and decay=None exclude them",
+    "weight_decay_filter": "nothing: decay=None excludes biases and norms",
+    "lars_adaptation_filter": "nothing: adapt=None excludes biases and norms",
+}
 _DROPPED = ("always_adapt", "weight_decay_filter", "lars_adaptation_filter")
 _OWN = (*SHARED, *PER_LAYER, *SWITCHES, "lr", "on_nonfinite", "master_weights")
+
+
+_P = ParamSpec("_P")
+
+
+def explains_names(init: Callable[_P, None]) -> Callable[_P, None]:
+    """Have a constructor say what an argument of other implementations is called."""
+
+    @wraps(init)
+    def explaining(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        for name in kwargs:
+            if name in _INSTEAD:
+                raise TypeError(f"LARS got {name}: pass {_INSTEAD[name]} instead")
+        init(*args, **kwargs)
+
+    return explaining
 
 
 def convert_state_dict(
@@ -101,6 +128,7 @@ def _factor(lr: Scalar, lr_placement: LrPlacement) -> Scalar:
 def adapted(state_dict: StateDict, own_groups: Groups) -> StateDict:
     """Return a state dict that has every option of a `LARS` with `own_groups`."""
     state, groups = _translated(state_dict)
+    _refuse_without_momentum(state)
     for group, own in zip(groups, own_groups, strict=False):  # torch counts
         unknown = "lr_placement" not in group and own["lr_placement"] == "inside"
         if unknown and any(_has_buffer(state, key) for key in group["params"]):
@@ -131,6 +159,19 @@ def _translated(state_dict: StateDict) -> tuple[_States, list[ParamGroup]]:
         for group in state_dict["param_groups"]
     ]
     return state, groups
+
+
+def _refuse_without_momentum(state: _States) -> None:
+    """Refuse the state of an optimizer that keeps something other than momentum."""
+    for key, kept in state.items():
+        strange = sorted({*kept} - {MOMENTUM, MASTER}) if isinstance(kept, dict) else []
+        if strange and MOMENTUM not in kept:
+            raise ValueError(
+                f"the state of parameter {key} has {', '.join(strange)} and no "
+                f"{MOMENTUM}: it is of another kind of optimizer, which LARS cannot "
+                "continue; load the weights of the model alone, and begin with a new "
+                "optimizer"
+            )
 
 
 def _has_buffer(state: _States, key: Hashable) -> bool:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from larskit.config import check_lr
 from larskit.select import Selection, check_matched, select
 
 _Group = dict[str, Any]  # what `torch.optim.Optimizer` takes
@@ -43,6 +44,14 @@ def param_groups(
     >>> [(group["adapt"], len(group["params"])) for group in groups]
     [(True, 1), (False, 3)]
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}, expected a torch.nn.Module: pass the "
+            "model itself, not its parameters"
+        )
+    for name, given in (("weight_decay", weight_decay), ("excluded_lr", excluded_lr)):
+        if given is not None:
+            check_lr(given, name)  # of the same range as a rate
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError(

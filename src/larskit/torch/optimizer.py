@@ -124,6 +124,7 @@ class LARS(torch.optim.Optimizer):
     >>> optimizer.step()
     """
 
+    @foreign.explains_names
     def __init__(
         self,
         params: ParamsT,
