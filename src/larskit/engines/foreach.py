@@ -28,7 +28,7 @@ from larskit.rule import LayerStats, Norms
 Tensors = list[Tensor]
 Buffers = list[Tensor | None]
 _Rows = list[list[int]]  # of each part, the indices of its layers
-# The types for which torch's optimizers choose foreach without being asked, see
+# The types for which foreach is the default of torch's own optimizers, see
 # `torch.optim.optimizer._default_to_fused_or_foreach`.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
