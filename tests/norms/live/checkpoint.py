@@ -7,6 +7,7 @@ object: for each case the parameters that differ from those of a run that went o
 import json
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,10 @@ def main() -> None:
         in_processes(processes, file.parent, load)
     if os.environ["RANK"] == "0":
         file.write_text(json.dumps(results))
+    # The threads of gloo may abort a process as it ends, and torchrun then ends all:
+    # none may leave while another still works.
+    while not file.exists():
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":
