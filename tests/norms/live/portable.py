@@ -106,6 +106,7 @@ def main() -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         results.write_text(json.dumps(ways))
+    dist.barrier()  # one that leaves may abort, and torchrun then ends the others
     dist.destroy_process_group()
 
 

@@ -251,6 +251,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(results, file)
+    dist.barrier()  # one that leaves may abort, and torchrun then ends the others
     dist.destroy_process_group()
 
 
