@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import os
 import pickle
 import types
 from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
@@ -424,6 +425,12 @@ def test_any_keys_make_the_round_trip(items):
 )
 def test_jax_may_come_late(python, case):
     python("-W", "error", LATE_JAX, case)
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks on this system")
+def test_a_fork_waits_for_other_threads(python):
+    python(Path(__file__).parent / "live" / "fork_in_walk.py")
 
 
 SEED = "(self, dcdw, lr, /, *, decay_lambda=0, stop_gradients=True, out=None)"

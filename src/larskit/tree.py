@@ -5,9 +5,11 @@ become nodes the first time they are met.
 """
 
 import dataclasses
+import os
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
+from threading import RLock
 from typing import Any
 
 import optree
@@ -20,6 +22,16 @@ Path = tuple[Any, ...]
 Tree = Any  # an array, or any nesting of containers
 Leaf = Any  # an array, a wrapper of one, or a number
 
+# A thread in optree holds a lock of optree's at moments when others may run. A child
+# forked at such a moment would wait for it for ever, at the latest at its end.
+_walking = RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_walking.acquire,
+        after_in_parent=_walking.release,
+        after_in_child=_walking.release,
+    )
+
 
 def flatten(tree: Tree) -> tuple[list[Path], list[Leaf], optree.PyTreeSpec]:
     """Return the paths, the leaves and the structure of `tree`.
@@ -29,9 +41,10 @@ def flatten(tree: Tree) -> tuple[list[Path], list[Leaf], optree.PyTreeSpec]:
     ``pytree_node=False``) is carried along and not walked into.
     """
     while True:
-        accessors, leaves, structure = optree.tree_flatten_with_accessor(
-            tree, namespace=NAMESPACE
-        )
+        with _walking:
+            accessors, leaves, structure = optree.tree_flatten_with_accessor(
+                tree, namespace=NAMESPACE
+            )
         unknown = {type(leaf) for leaf in leaves if _is_container(leaf)}
         if not unknown:
             return [_path(accessor) for accessor in accessors], leaves, structure
@@ -46,12 +59,16 @@ def _path(accessor: optree.PyTreeAccessor) -> Path:
 
 def unflatten(structure: optree.PyTreeSpec, leaves: Iterable[Leaf]) -> Tree:
     """Put `leaves` back into the structure that `flatten` returned."""
-    return optree.tree_unflatten(structure, leaves)
+    with _walking:
+        return optree.tree_unflatten(structure, leaves)
 
 
 def is_leaf(tree: Tree) -> bool:
     """Whether `tree` is one leaf and no container."""
-    return not _is_container(tree) and optree.tree_is_leaf(tree, namespace=NAMESPACE)
+    if _is_container(tree):
+        return False
+    with _walking:
+        return optree.tree_is_leaf(tree, namespace=NAMESPACE)
 
 
 def path_str(path: Path) -> str:
@@ -116,9 +133,10 @@ def register(kind: type) -> None:
     if issubclass(kind, Mapping):
         how = (walk_mapping, build_mapping, optree.MappingEntry)
     walk, build, entry = how
-    optree.register_pytree_node(
-        kind, walk, partial(build, kind), path_entry_type=entry, namespace=NAMESPACE
-    )
+    with _walking:
+        optree.register_pytree_node(
+            kind, walk, partial(build, kind), path_entry_type=entry, namespace=NAMESPACE
+        )
 
 
 @dataclasses.dataclass(frozen=True)

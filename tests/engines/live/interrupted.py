@@ -1,7 +1,7 @@
 """Forks while a thread is stepping; each child steps the same layers, and ends.
 
 Run by test_native.py as ``interrupted.py FRAMEWORK COUNT``. Prints how many children
-went on and ended normally.
+went on and ended normally, and how the others ended.
 """
 
 import os
@@ -34,7 +34,8 @@ def torch_step() -> Callable[[], Any]:
 
 
 step = {"numpy": numpy_step, "torch": torch_step}[sys.argv[1]]()
-count, going, ended = int(sys.argv[2]), True, 0
+count, going = int(sys.argv[2]), True
+codes = []
 
 
 def keep_stepping() -> None:
@@ -54,7 +55,7 @@ for i in range(count):
         if i % 10 == 0:  # the end of the interpreter takes much longer than a step
             sys.exit(7)
         os._exit(7)
-    ended += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 going = False
 thread.join()
-print(f"{ended} of {count} went on")
+print(f"{codes.count(7)} of {count} went on", *(code for code in codes if code != 7))
